@@ -1,0 +1,384 @@
+"""What a user sets: how a neighbour is found, and how much its loss counts.
+
+The names and defaults are those of Neural Structured Learning. A configuration is
+frozen and checked when it is made; vary one with `dataclasses.replace`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import json
+import math
+import numbers
+from typing import Any, TypeAlias
+
+import keras
+import numpy as np
+
+Schedule: TypeAlias = keras.optimizers.schedules.LearningRateSchedule
+Number: TypeAlias = Any  # float or Schedule; Keras ships no types to say so
+Constraint: TypeAlias = Any  # None, a number, an array, or a structure of these
+
+
+class NormType(str, enum.Enum):
+    """The norm that measures a perturbation: `"l1"`, `"l2"` or `"infinity"`.
+
+    `NormType(value)` also understands `"linf"`, `"inf"`, `1`, `2` and `np.inf`.
+
+    Example:
+    >>> NormType("linf")
+    <NormType.INFINITY: 'infinity'>
+    """
+
+    L1 = "l1"
+    L2 = "l2"
+    INFINITY = "infinity"
+
+    @classmethod
+    def _missing_(cls, value: object) -> NormType:
+        aliases = {"linf": "infinity", "inf": "infinity"}
+        if isinstance(value, str):
+            name = aliases.get(value.lower(), value.lower())
+            for norm in cls:
+                if norm.value == name:
+                    return norm
+        elif isinstance(value, numbers.Real) and not isinstance(value, bool):
+            orders = {1.0: cls.L1, 2.0: cls.L2, math.inf: cls.INFINITY}
+            if float(value) in orders:
+                return orders[float(value)]
+        raise ValueError(
+            "A norm must be one of 'l1', 'l2' and 'infinity' (or 'linf', 'inf', 1, 2, "
+            f"np.inf). Received: {value!r}"
+        )
+
+
+class _Config:
+    """Equality, hash and Keras serialisation of the frozen configurations.
+
+    Schedules and arrays have no usable `==`, so two configurations are equal if their
+    JSON is.
+    """
+
+    @functools.cached_property
+    def _json(self) -> str:
+        return json.dumps(keras.saving.serialize_keras_object(self), sort_keys=True)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, type(self)):
+            return NotImplemented
+        return self._json == other._json
+
+    def __hash__(self) -> int:
+        return hash(self._json)
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the fields as a dictionary that JSON can hold."""
+        return {
+            field.name: keras.saving.serialize_keras_object(getattr(self, field.name))
+            for field in dataclasses.fields(self)  # type: ignore[arg-type]
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Any:
+        """Makes the configuration that `get_config` described."""
+        return cls(
+            **{
+                name: keras.saving.deserialize_keras_object(value)
+                for name, value in config.items()
+            }
+        )
+
+
+@keras.saving.register_keras_serializable(package="advreg")
+@dataclasses.dataclass(frozen=True, eq=False)
+class AdvNeighborConfig(_Config):
+    """How an adversarial neighbour of an input is found.
+
+    One iteration moves the input by `adv_step_size` in the direction that raises the
+    loss fastest, and brings it back into the ball of `pgd_epsilon` and into the clip
+    range. One iteration is the fast gradient (sign) method of
+    [Goodfellow et al., 2014](https://arxiv.org/abs/1412.6572), several are projected
+    gradient descent, [Madry et al., 2017](https://arxiv.org/abs/1706.06083).
+
+    Masks and clip values are a number, which holds for every perturbed feature; an
+    array that broadcasts to the feature; or, where the model takes several inputs, a
+    dictionary, list or tuple of these in the structure of the input, `None` standing
+    for no constraint. A dictionary may leave features out. A list of numbers is a
+    structure, not an array.
+
+    Args:
+        feature_mask: Weights in [0, 1] of the gradient. A feature masked by 0 never
+            moves.
+        adv_step_size: Length of one step in `adv_grad_norm`, in units of the input; a
+            non-negative number, or a `LearningRateSchedule` over the optimizer's
+            iterations.
+        adv_grad_norm: The norm of the step and of the ball, taken jointly over all
+            perturbed features of an example: `"l1"`, `"l2"` or `"infinity"` (also
+            `"linf"`, `"inf"`, `1`, `2`, `np.inf`, a `NormType`).
+        clip_value_min: Smallest value of a perturbed feature. It wins over the ball.
+        clip_value_max: Largest value of a perturbed feature.
+        pgd_iterations: Number of steps, at least 1.
+        pgd_epsilon: Radius of the ball around the input that the perturbation stays
+            in: a non-negative number, a `LearningRateSchedule`, or `None` for no ball.
+        random_init: Whether to start from a uniformly random point of the ball of
+            `pgd_epsilon`, or of `adv_step_size` where that is not set.
+
+    Raises:
+        TypeError: A field has the wrong type.
+        ValueError: A field has a value that its rule forbids.
+
+    Example:
+    >>> pgd = AdvNeighborConfig(
+    ...     adv_step_size=0.05, adv_grad_norm="infinity", pgd_iterations=10,
+    ...     pgd_epsilon=0.2, clip_value_min=0.0, clip_value_max=1.0)
+    """
+
+    feature_mask: Constraint = None
+    adv_step_size: Number = 0.001
+    adv_grad_norm: NormType | str | float = NormType.L2
+    clip_value_min: Constraint = None
+    clip_value_max: Constraint = None
+    pgd_iterations: int = 1
+    pgd_epsilon: Number | None = None
+    random_init: bool = False
+
+    def __post_init__(self) -> None:
+        checked = {
+            "feature_mask": _constraint("feature_mask", self.feature_mask),
+            "adv_step_size": _magnitude("adv_step_size", self.adv_step_size),
+            "adv_grad_norm": _norm(self.adv_grad_norm),
+            "clip_value_min": _constraint("clip_value_min", self.clip_value_min),
+            "clip_value_max": _constraint("clip_value_max", self.clip_value_max),
+            "pgd_iterations": _iterations(self.pgd_iterations),
+            "random_init": _flag("random_init", self.random_init),
+        }
+        if self.pgd_epsilon is not None:
+            checked["pgd_epsilon"] = _magnitude("pgd_epsilon", self.pgd_epsilon)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+        _check_mask(self.feature_mask)
+        _check_order(self.clip_value_min, self.clip_value_max)
+
+
+@keras.saving.register_keras_serializable(package="advreg")
+@dataclasses.dataclass(frozen=True, eq=False)
+class AdvRegConfig(_Config):
+    """How much the adversarial loss counts, and how its input is found.
+
+    Args:
+        multiplier: Weight of the adversarial loss in the total: a non-negative
+            number, or a `LearningRateSchedule` over the optimizer's iterations. The
+            number 0 turns adversarial training off and costs nothing; a schedule that
+            happens to be at 0 still pays for the adversarial pass.
+        adv_neighbor_config: An `AdvNeighborConfig`.
+
+    Raises:
+        TypeError: A field has the wrong type.
+        ValueError: `multiplier` is negative or not finite.
+    """
+
+    multiplier: Number = 0.2
+    adv_neighbor_config: AdvNeighborConfig = dataclasses.field(
+        default_factory=AdvNeighborConfig
+    )
+
+    def __post_init__(self) -> None:
+        object.__setattr__(
+            self, "multiplier", _magnitude("multiplier", self.multiplier)
+        )
+        if not isinstance(self.adv_neighbor_config, AdvNeighborConfig):
+            raise TypeError(
+                "`adv_neighbor_config` must be an `AdvNeighborConfig`. Received: "
+                f"{_show(self.adv_neighbor_config)}"
+            )
+
+
+def make_adv_reg_config(
+    multiplier: Number = AdvRegConfig.multiplier,
+    feature_mask: Constraint = AdvNeighborConfig.feature_mask,
+    adv_step_size: Number = AdvNeighborConfig.adv_step_size,
+    adv_grad_norm: NormType | str | float = AdvNeighborConfig.adv_grad_norm,
+    clip_value_min: Constraint = AdvNeighborConfig.clip_value_min,
+    clip_value_max: Constraint = AdvNeighborConfig.clip_value_max,
+    pgd_iterations: int = AdvNeighborConfig.pgd_iterations,
+    pgd_epsilon: Number | None = AdvNeighborConfig.pgd_epsilon,
+    random_init: bool = AdvNeighborConfig.random_init,
+) -> AdvRegConfig:
+    """Makes an `AdvRegConfig` from the fields of both configurations.
+
+    Args:
+        multiplier: See `AdvRegConfig`.
+        feature_mask: See `AdvNeighborConfig`, as for all that follow.
+        adv_step_size: Length of one step.
+        adv_grad_norm: Norm of the step and of the ball.
+        clip_value_min: Smallest value of a perturbed feature.
+        clip_value_max: Largest value of a perturbed feature.
+        pgd_iterations: Number of steps.
+        pgd_epsilon: Radius of the ball.
+        random_init: Whether to start at random in the ball.
+
+    Returns:
+        An `AdvRegConfig`.
+
+    Raises:
+        TypeError: A field is unknown or has the wrong type.
+        ValueError: A field has a value that its rule forbids.
+
+    Example:
+    >>> config = make_adv_reg_config(
+    ...     multiplier=0.2, adv_step_size=0.2, adv_grad_norm="infinity")
+    """
+    return AdvRegConfig(
+        multiplier=multiplier,
+        adv_neighbor_config=AdvNeighborConfig(
+            feature_mask=feature_mask,
+            adv_step_size=adv_step_size,
+            adv_grad_norm=adv_grad_norm,
+            clip_value_min=clip_value_min,
+            clip_value_max=clip_value_max,
+            pgd_iterations=pgd_iterations,
+            pgd_epsilon=pgd_epsilon,
+            random_init=random_init,
+        ),
+    )
+
+
+def _show(value: Any) -> str:
+    return f"{value!r} (of type {type(value).__name__})"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
+
+
+def _magnitude(name: str, value: Any) -> Number:
+    """Checks a step, radius or multiplier: non-negative and finite, or a schedule."""
+    if isinstance(value, Schedule):
+        return value
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
+    if not _is_number(value):
+        raise TypeError(
+            f"`{name}` must be a number or a "
+            f"`keras.optimizers.schedules.LearningRateSchedule`. Received: "
+            f"{_show(value)}"
+        )
+    if not 0 <= value < math.inf:
+        raise ValueError(
+            f"`{name}` must be finite and not negative. Received: {_show(value)}"
+        )
+    return float(value)
+
+
+def _norm(value: Any) -> NormType:
+    try:
+        return NormType(value)
+    except ValueError as error:
+        raise ValueError(f"`adv_grad_norm` is no norm. {error}") from None
+
+
+def _iterations(value: Any) -> int:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(
+            f"`pgd_iterations` must be an integer. Received: {_show(value)}"
+        )
+    if value < 1:
+        raise ValueError(f"`pgd_iterations` must be at least 1. Received: {value!r}")
+    return int(value)
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"`{name}` must be a bool. Received: {_show(value)}")
+    return bool(value)
+
+
+def _constraint(name: str, value: Any) -> Constraint:
+    """Turns the leaves of a mask or range into floats and read-only float arrays."""
+    if value is None:
+        return None
+    if isinstance(value, dict):
+        return {key: _constraint(f"{name}[{key!r}]", v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        leaves = [_constraint(f"{name}[{i}]", v) for i, v in enumerate(value)]
+        return leaves if isinstance(value, list) else tuple(leaves)
+    if isinstance(value, str) or not (
+        isinstance(value, numbers.Real) or hasattr(value, "__array__")
+    ):
+        raise TypeError(
+            f"`{name}` must be a number, an array, or a dict, list or tuple of these. "
+            f"Received: {_show(value)}"
+        )
+    try:
+        array = np.array(value)
+        if not np.issubdtype(array.dtype, np.floating):
+            array = array.astype("float64", casting="safe")
+    except (TypeError, ValueError, NotImplementedError):
+        raise TypeError(
+            f"`{name}` must hold numbers whose values are known. Received: "
+            f"{_show(value)}"
+        ) from None
+    if np.isnan(array).any():
+        raise ValueError(f"`{name}` must not hold NaN. Received: {_show(value)}")
+    if array.ndim == 0:
+        return float(array)
+    array.flags.writeable = False
+    return array
+
+
+def _check_mask(mask: Constraint) -> None:
+    for leaf in keras.tree.flatten(mask):
+        if leaf is not None and not (np.all(leaf >= 0.0) and np.all(leaf <= 1.0)):
+            raise ValueError(
+                "`feature_mask` must lie in [0, 1]. Received values from "
+                f"{np.min(leaf)} to {np.max(leaf)}"
+            )
+
+
+def _check_order(low: Constraint, high: Constraint, path: str = "") -> None:
+    """Checks that no minimum is above its maximum."""
+    if low is None or high is None:
+        return
+    low_keys, high_keys = _keys(low), _keys(high)
+    if low_keys is not None and high_keys is not None:
+        if type(low) is not type(high) or (
+            not isinstance(low, dict) and low_keys != high_keys
+        ):
+            raise ValueError(
+                f"`clip_value_min{path}` and `clip_value_max{path}` must have the same "
+                f"structure. Received: {_show(low)} and {_show(high)}"
+            )
+        keys = [key for key in low_keys if key in high_keys]
+    else:
+        keys = low_keys or high_keys or []
+    for key in keys:
+        _check_order(
+            low if low_keys is None else low[key],
+            high if high_keys is None else high[key],
+            f"{path}[{key!r}]",
+        )
+    if low_keys is not None or high_keys is not None:
+        return
+    try:
+        ordered = np.all(np.less_equal(low, high))
+    except ValueError:
+        raise ValueError(
+            f"`clip_value_min{path}` and `clip_value_max{path}` must broadcast against "
+            f"each other. Received shapes: {np.shape(low)} and {np.shape(high)}"
+        ) from None
+    if not ordered:
+        raise ValueError(
+            f"`clip_value_min{path}` must not be above `clip_value_max{path}`. "
+            f"Received: {low!r} and {high!r}"
+        )
+
+
+def _keys(constraint: Constraint) -> list | None:
+    """The keys of a structure, or `None` for a number or an array."""
+    if isinstance(constraint, dict):
+        return list(constraint)
+    if isinstance(constraint, (list, tuple)):
+        return list(range(len(constraint)))
+    return None

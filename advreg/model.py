@@ -1,0 +1,574 @@
+"""The wrapper that trains any Keras model against adversarial perturbations."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import keras
+import tensorflow as tf
+from keras import ops, tree
+
+from advreg.config import AdvNeighborConfig, AdvRegConfig, Schedule
+from advreg.distribution import ReplicaSeedGenerator, unscale_loss
+from advreg.perturbation import (
+    Features,
+    Gradients,
+    Settings,
+    Tensor,
+    align,
+    describe,
+    differentiable,
+    input_gradients,
+    perturb,
+    select,
+)
+
+_SEED_KEY = "adversarial_seed"
+
+
+@keras.saving.register_keras_serializable(package="advreg")
+class AdversarialRegularization(keras.Model):
+    """Trains a Keras model on its inputs and on adversarial neighbours of them.
+
+    The wrapper is a `keras.Model`: `compile` and `fit` it like any other. Training
+    minimises
+
+        labelled loss + multiplier * labelled loss at perturbed inputs
+            + the losses that the base model adds itself, once
+
+    ([Goodfellow et al., 2014](https://arxiv.org/abs/1412.6572)), the perturbation
+    being what `adv_config` says. `fit` logs `loss` (the total), `labeled_loss`,
+    `scaled_adversarial_loss` and the compiled metrics on clean predictions. `predict`
+    and `evaluate` are the base model's: clean, one forward pass. The trained network
+    is `base_model`.
+
+    Labels come as `y`, as for any Keras model. Where there is no `y`, and `x` is a
+    dictionary that holds the `label_keys`, they come from there. Keys that the base
+    model declares as inputs, and all keys that come beside a `y`, are features.
+
+    Args:
+        base_model: A Keras 3 model: sequential, functional or subclassed, built or
+            not.
+        adv_config: An `AdvRegConfig`, as `make_adv_reg_config` returns; by default
+            `AdvRegConfig()`.
+        label_keys: Keys of the labels in dictionary inputs. Several keys give a list
+            of labels in that order.
+        sample_weight_key: Key of the sample weights in dictionary inputs.
+        base_with_labels_in_features: Whether the base model is to receive labels that
+            come in a dictionary as inputs too. They are not perturbed.
+        **kwargs: `name`, `dtype` and `trainable` of the model. `dtype` is by default
+            the policy of the base model.
+
+    Raises:
+        TypeError: `base_model` is not a Keras 3 model, or another argument has the
+            wrong type.
+        ValueError: `base_model` is itself adversarially regularised.
+
+    Example:
+    >>> model = AdversarialRegularization(
+    ...     base_model, make_adv_reg_config(adv_step_size=0.1, adv_grad_norm="linf"))
+    >>> model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    >>> model.fit(x, y, epochs=5)
+    >>> model.base_model.save("robust.keras")
+    """
+
+    def __init__(
+        self,
+        base_model: keras.Model,
+        adv_config: AdvRegConfig | None = None,
+        *,
+        label_keys: Sequence[str] = ("label",),
+        sample_weight_key: str | None = None,
+        base_with_labels_in_features: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        _check_base(base_model)
+        adv_config = AdvRegConfig() if adv_config is None else adv_config
+        if not isinstance(adv_config, AdvRegConfig):
+            raise TypeError(
+                "`adv_config` must be an `AdvRegConfig`, as `make_adv_reg_config` "
+                f"returns. Received: {adv_config!r} (of type "
+                f"{type(adv_config).__name__})"
+            )
+        if isinstance(label_keys, str) or not all(
+            isinstance(key, str) for key in label_keys
+        ):
+            raise TypeError(
+                "`label_keys` must be a list or tuple of strings. Received: "
+                f"{label_keys!r}"
+            )
+        if not isinstance(sample_weight_key, (str, type(None))):
+            raise TypeError(
+                "`sample_weight_key` must be a string or `None`. Received: "
+                f"{sample_weight_key!r}"
+            )
+        kwargs.setdefault("dtype", base_model.dtype_policy)
+        super().__init__(**kwargs)
+        self.supports_masking = True
+        self.base_model = base_model
+        self.adv_config = adv_config
+        self.label_keys = tuple(label_keys)
+        self.sample_weight_key = sample_weight_key
+        self.base_with_labels_in_features = base_with_labels_in_features
+        self._labeled_loss_tracker = keras.metrics.Mean(name="labeled_loss")
+        self._adversarial_loss_tracker = keras.metrics.Mean(
+            name="scaled_adversarial_loss"
+        )
+        self._training_seed = ReplicaSeedGenerator(name="training_seed")
+        self._perturbing_seed = ReplicaSeedGenerator(name="perturbing_seed")
+        # Keras leaves such an object alone where it would wrap a list or a dictionary.
+        self._perturbing = SimpleNamespace(function=None, key=None)
+        self.built = base_model.built
+
+    @property
+    def output_names(self) -> list[str]:
+        """The base model's, so that metrics carry the names that it gives them."""
+        return self.base_model.output_names
+
+    def call(self, inputs: Features, training: bool | None = None) -> Any:
+        """Calls the base model; labels in a dictionary of inputs are left out."""
+        return self._forward(self._without_labels(inputs), training)
+
+    def train_step(self, data: Any) -> dict[str, Tensor]:
+        """Takes one step: clean pass, attack, adversarial pass, one update."""
+        x, y, sample_weight = self._unpack(data, need_labels=True)
+        x = tree.map_structure(_to_tensor, x)
+        regularize = self._multiplier_is_not_zero()
+        wanted = [regularize and can for can in differentiable(x, self._fixed_keys())]
+        watched = select(x, wanted)
+
+        # Persistent, because the losses that a model adds show only once it has run.
+        with tf.GradientTape(persistent=True) as tape:
+            tape.watch(watched)
+            y_pred = self._forward(x, training=True)
+            labeled_loss = self._compile_loss(y, y_pred, sample_weight)
+            losses = self.losses
+            loss = self._total_loss(labeled_loss, losses)
+            scaled_loss = self._scale(loss)
+            scaled_labeled_loss = self._scale(labeled_loss)
+        weights = self.trainable_weights
+        if len(losses) > sum(v.regularizer is not None for v in weights):
+            # What `add_loss` and activity regularisers add may depend on the input,
+            # and the attack is to raise the labelled loss alone.
+            gradients = tape.gradient(scaled_loss, weights)
+            input_grads = tape.gradient(scaled_labeled_loss, watched)
+        else:
+            both = tape.gradient(scaled_loss, [*weights, *watched])
+            gradients, input_grads = both[: len(weights)], both[len(weights) :]
+        del tape
+
+        adversarial_loss = ops.zeros_like(labeled_loss)
+        if regularize:
+            x_adv = perturb(
+                x,
+                align(input_grads, wanted),
+                self._gradient_function(y, sample_weight, wanted, training=True),
+                Settings.of(
+                    self.adv_config.adv_neighbor_config, self.optimizer.iterations
+                ),
+                self._training_seed,
+            )
+            with tf.GradientTape() as tape:
+                y_adv = self._forward(x_adv, training=True)
+                with keras.StatelessScope():  # Per-output trackers stay clean.
+                    adversarial_loss = self._compile_loss(y, y_adv, sample_weight)
+                adversarial_loss = adversarial_loss * ops.cast(
+                    self._multiplier(), adversarial_loss.dtype
+                )
+                scaled_loss = self._scale(adversarial_loss)
+            gradients = [
+                _add(*pair)
+                for pair in zip(
+                    gradients, tape.gradient(scaled_loss, weights), strict=True
+                )
+            ]
+            loss = loss + adversarial_loss
+
+        if weights:
+            self.optimizer.apply_gradients(zip(gradients, weights, strict=True))
+        else:
+            warnings.warn(
+                "The model does not have any trainable weights.", stacklevel=2
+            )
+        self._track(self._loss_tracker, loss, x)
+        self._track(self._labeled_loss_tracker, labeled_loss, x)
+        self._track(self._adversarial_loss_tracker, adversarial_loss, x)
+        return self.compute_metrics(x, y, y_pred, sample_weight)
+
+    def test_step(self, data: Any) -> dict[str, Tensor]:
+        """Evaluates a batch as the base model does: clean, one forward pass."""
+        x, y, sample_weight = self._unpack(data, need_labels=True)
+        y_pred = self._forward(x, training=False)
+        labeled_loss = self._compile_loss(y, y_pred, sample_weight)
+        loss = self._total_loss(labeled_loss, self.losses)
+        self._track(self._loss_tracker, loss, x)
+        logs = self.compute_metrics(x, y, y_pred, sample_weight)
+        trackers = (self._labeled_loss_tracker, self._adversarial_loss_tracker)
+        for tracker in trackers:
+            logs.pop(tracker.name)
+        return logs
+
+    def predict_step(self, data: Any) -> Any:
+        """Predicts a batch, with or without labels in it."""
+        x, _, _ = self._unpack(data)
+        return self._forward(x, training=False)
+
+    def compute_loss(
+        self,
+        x: Any = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Any = None,
+        training: bool = True,
+    ) -> Tensor:
+        """Computes the clean loss of a batch, whichever way its labels came."""
+        x, y, sample_weight = self._unpack((x, y, sample_weight))
+        return super().compute_loss(x, y, y_pred, sample_weight, training)
+
+    def compute_metrics(
+        self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None
+    ) -> dict[str, Tensor]:
+        """Updates the compiled metrics, whichever way the labels came."""
+        x, y, sample_weight = self._unpack((x, y, sample_weight))
+        return super().compute_metrics(x, y, y_pred, sample_weight)
+
+    def perturb_on_batch(
+        self, x: Any, y: Any = None, sample_weight: Any = None, **overrides: Any
+    ) -> Any:
+        """Returns the adversarial neighbours of a batch under the model as it is.
+
+        The model runs in inference mode. No weight, metric, statistic or random state
+        of training changes. Numbers in `overrides` reach the compiled function as
+        tensors, so that a sweep over them compiles once.
+
+        Args:
+            x: Features of one batch, in any form that `fit` takes; labels may be in it
+                if it is a dictionary.
+            y: Labels, where they are not in `x`.
+            sample_weight: Weights of the examples. An example of weight 0 has no
+                gradient to follow.
+            **overrides: Fields of `AdvNeighborConfig` that replace the configured ones
+                for this call, `None` included.
+
+        Returns:
+            The perturbed features as NumPy arrays, in the structure and dtypes of `x`.
+            Labels and weights in a dictionary come back as the objects that went in.
+
+        Raises:
+            TypeError: An override is no field of `AdvNeighborConfig`.
+            ValueError: The model is not compiled, labels are missing, nothing can be
+                perturbed, or a mask or range does not fit.
+
+        Example:
+        >>> x_adv = model.perturb_on_batch(x, y, adv_step_size=0.1, clip_value_min=0.0)
+        """
+        config = self._override(overrides)
+        if not self.compiled:
+            raise ValueError(
+                "`perturb_on_batch` follows the gradient of the compiled loss. Call "
+                "`compile(loss=...)` first. Received: a model that is not compiled"
+            )
+        batch = self._unpack((x, y, sample_weight), need_labels=True)
+        features, labels, weights = (
+            tree.map_structure(_to_tensor, part) for part in batch
+        )
+        self._build_by_running(features, labels)
+        iteration = self.optimizer.iterations if self.optimizer is not None else None
+        settings = _as_tensors(Settings.of(config, iteration))
+        perturbed = self._perturbing_function()(features, labels, weights, settings)
+        perturbed = tree.map_structure(_to_numpy, perturbed)
+        if not isinstance(x, Mapping):
+            return perturbed
+        kept = self._fixed_keys()
+        return {
+            key: perturbed[key] if key in perturbed and key not in kept else value
+            for key, value in x.items()
+        }
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the arguments of the constructor as a serialisable dictionary."""
+        serialize = keras.saving.serialize_keras_object
+        return {
+            **super().get_config(),
+            "base_model": serialize(self.base_model),
+            "adv_config": serialize(self.adv_config),
+            "label_keys": list(self.label_keys),
+            "sample_weight_key": self.sample_weight_key,
+            "base_with_labels_in_features": self.base_with_labels_in_features,
+        }
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
+    ) -> AdversarialRegularization:
+        """Makes the model that `get_config` described."""
+        config = dict(config)
+        for name in ("base_model", "adv_config", "dtype"):
+            config[name] = keras.saving.deserialize_keras_object(
+                config[name], custom_objects
+            )
+        return cls(**config)
+
+    def save_own_variables(self, store: Any) -> None:
+        """Saves the state of random starts, which Keras leaves out."""
+        super().save_own_variables(store)
+        store[_SEED_KEY] = ops.convert_to_numpy(self._training_seed.state)
+
+    def load_own_variables(self, store: Any) -> None:
+        """Loads the state of random starts, so that training goes on where it was."""
+        saved = {key: store[key] for key in store.keys()}  # noqa: SIM118 entries
+        state = saved.pop(_SEED_KEY, None)
+        if state is not None:
+            self._training_seed.state.assign(state)
+        super().load_own_variables(saved)
+
+    # What follows is the model's own.
+
+    def _forward(self, features: Features, training: bool | None) -> Any:
+        """Runs the base model on features from which the labels have been taken."""
+        outputs = self.base_model(self._base_inputs(features), training=training)
+        self.built = True
+        return outputs
+
+    def _base_inputs(self, features: Features) -> Any:
+        """Gives the base model its inputs in the structure that it declares."""
+        if not isinstance(features, Mapping):
+            return features
+        declared = getattr(self.base_model, "_inputs_struct", None)
+        single = isinstance(self.base_model, keras.Sequential) or (
+            declared is not None and len(tree.flatten(declared)) == 1
+        )
+        if single and len(features) == 1 and not isinstance(declared, Mapping):
+            return next(iter(features.values()))
+        if isinstance(declared, Mapping) and set(declared) < set(features):
+            return {key: features[key] for key in declared}
+        return features
+
+    def _declared_names(self) -> set[str]:
+        """The names of the inputs that the base model declares, if it does."""
+        declared = getattr(self.base_model, "_inputs_struct", None)
+        if isinstance(declared, Mapping):
+            return set(declared)
+        if declared is None and isinstance(self.base_model, keras.Sequential):
+            declared = self.base_model.inputs if self.base_model.built else None
+        return {tensor.name for tensor in tree.flatten(declared) if tensor is not None}
+
+    def _unpack(
+        self, data: Any, need_labels: bool = False
+    ) -> tuple[Features, Any, Any]:
+        """Takes a batch apart into features, labels and sample weights."""
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        received = x
+        if isinstance(x, Mapping):
+            inputs = self._declared_names()
+            weight_key = self.sample_weight_key
+            if weight_key in x and weight_key not in inputs:
+                if sample_weight is not None:
+                    raise ValueError(
+                        "Sample weights must come once. Received: `sample_weight`, and "
+                        f"the key {weight_key!r} (the `sample_weight_key`) in `x`"
+                    )
+                sample_weight = x[weight_key]
+                x = {key: x[key] for key in x if key != weight_key}
+            if y is None:
+                y, x = self._take_labels(x, inputs)
+        if need_labels and self._compile_loss is None:
+            raise ValueError(
+                "Adversarial regularisation perturbs inputs so that the compiled loss "
+                "grows: `compile` needs a `loss`. Received: loss=None"
+            )
+        if need_labels and y is None:
+            keys = list(received) if isinstance(received, Mapping) else None
+            raise ValueError(
+                "Labels are missing: pass them as `y`, or in a dictionary `x` under "
+                f"the `label_keys` {self.label_keys}. A key that the base model "
+                "declares as an input holds labels only with "
+                "`base_with_labels_in_features=True`. Received: "
+                + (f"x with the keys {keys}" if keys else f"x={describe(received)}")
+                + " and y=None"
+            )
+        return x, y, sample_weight
+
+    def _take_labels(self, x: Features, inputs: set[str]) -> tuple[Any, Features]:
+        """Splits a dictionary into labels, `None` if some are missing, and features."""
+        if not self.base_with_labels_in_features:
+            keys = [key for key in self.label_keys if key in x and key not in inputs]
+            features = {key: x[key] for key in x if key not in keys}
+        else:
+            keys = [key for key in self.label_keys if key in x]
+            features = x
+        if not keys or len(keys) < len(self.label_keys):
+            return None, features
+        labels = [x[key] for key in keys]
+        return labels[0] if len(labels) == 1 else labels, features
+
+    def _without_labels(self, inputs: Features) -> Features:
+        return self._unpack((inputs,))[0]
+
+    def _fixed_keys(self) -> tuple[str, ...]:
+        """Keys of features that are not to move, because they are labels too."""
+        return self.label_keys if self.base_with_labels_in_features else ()
+
+    def _total_loss(self, labeled_loss: Tensor, losses: Sequence[Tensor]) -> Tensor:
+        """Adds the base model's own losses, in the way of `Model.compute_loss`."""
+        if not losses:
+            return labeled_loss
+        added = [self._aggregate_additional_loss(loss) for loss in losses]
+        return ops.sum([labeled_loss, *added])
+
+    def _scale(self, loss: Tensor) -> Tensor:
+        return loss if self.optimizer is None else self.optimizer.scale_loss(loss)
+
+    def _multiplier_is_not_zero(self) -> bool:
+        multiplier = self.adv_config.multiplier
+        return isinstance(multiplier, Schedule) or multiplier != 0.0
+
+    def _multiplier(self) -> Tensor | float:
+        multiplier = self.adv_config.multiplier
+        if isinstance(multiplier, Schedule):
+            return multiplier(self.optimizer.iterations)
+        return multiplier
+
+    def _track(self, tracker: keras.metrics.Mean, loss: Tensor, x: Features) -> None:
+        batch = next(leaf for leaf in tree.flatten(x) if leaf is not None)
+        tracker.update_state(unscale_loss(loss), sample_weight=tf.shape(batch)[0])
+
+    def _gradient_function(
+        self, y: Any, sample_weight: Any, wanted: Sequence[bool], training: bool
+    ) -> Callable[[Features], Gradients]:
+        """Makes the function from features to gradients of the labelled loss.
+
+        Whatever its passes would update - statistics, trackers, random state - keeps
+        its value.
+        """
+
+        def loss_at(features: Features) -> Tensor:
+            with keras.StatelessScope():
+                y_pred = self._forward(features, training)
+                loss = self._compile_loss(y, y_pred, sample_weight)
+            return self._scale(loss)
+
+        return lambda features: input_gradients(loss_at, features, wanted)
+
+    def _override(self, overrides: dict[str, Any]) -> AdvNeighborConfig:
+        fields = [field.name for field in dataclasses.fields(AdvNeighborConfig)]
+        unknown = sorted(set(overrides) - set(fields))
+        if unknown:
+            raise TypeError(
+                f"`perturb_on_batch` takes the fields of `AdvNeighborConfig`, {fields}, "
+                f"as overrides. Received: {unknown}"
+            )
+        return dataclasses.replace(self.adv_config.adv_neighbor_config, **overrides)
+
+    def _perturbing_function(self) -> Callable[..., Features]:
+        """The function behind `perturb_on_batch`, compiled as the model is."""
+
+        def function(
+            features: Features, labels: Any, weights: Any, settings: Settings
+        ) -> Features:
+            wanted = differentiable(features, self._fixed_keys())
+            gradient_at = self._gradient_function(labels, weights, wanted, False)
+            gradients = gradient_at(features)
+            return perturb(
+                features, gradients, gradient_at, settings, self._perturbing_seed
+            )
+
+        if self.run_eagerly:
+            return function
+        # The key keeps what it was compiled for alive, so that `is` stays safe.
+        key = (self._compile_loss, self.optimizer, self.jit_compile)
+        known = self._perturbing.key
+        if known is None or any(a is not b for a, b in zip(key, known, strict=True)):
+            self._perturbing.key = key
+            self._perturbing.function = tf.function(
+                function,
+                autograph=False,
+                jit_compile=self.jit_compile,
+                reduce_retracing=True,
+            )
+        return self._perturbing.function
+
+    def _build_by_running(self, features: Features, labels: Any) -> None:
+        """Creates all state, which cannot be done while updates are discarded."""
+        if self.built and self._compile_loss.built:
+            return
+        y_pred = self._forward(features, training=False)
+        if not self._compile_loss.built:
+            self._compile_loss.build(labels, y_pred)
+
+
+def _check_base(base_model: Any) -> None:
+    """Checks that a base is a Keras 3 model whose training step is Keras's."""
+    if isinstance(base_model, AdversarialRegularization):
+        raise ValueError(
+            "`base_model` is adversarially regularised already: wrap its `base_model` "
+            f"instead. Received: {base_model!r}"
+        )
+    if not isinstance(base_model, keras.Model):
+        modules = {cls.__module__.split(".")[0] for cls in type(base_model).__mro__}
+        hint = ""
+        if "tf_keras" in modules:
+            hint = (
+                " A `tf_keras` model is of Keras 2: build it with `import keras` in "
+                "place of `tf_keras`, unset TF_USE_LEGACY_KERAS, and load its weights "
+                "with `load_weights`."
+            )
+        raise TypeError(
+            f"`base_model` must be a Keras 3 model, an instance of `keras.Model`.{hint} "
+            f"Received: {base_model!r} (of type {type(base_model).__module__}."
+            f"{type(base_model).__name__})"
+        )
+    for name in ("train_step", "compute_loss"):
+        if getattr(type(base_model), name) is not getattr(keras.Model, name):
+            warnings.warn(
+                f"{type(base_model).__name__} overrides `{name}`, which adversarial "
+                "regularisation does not call: it trains on the compiled loss and on "
+                "what the model adds by `add_loss`.",
+                stacklevel=3,
+            )
+
+
+def _add(a: Any, b: Any) -> Any:
+    """Adds two gradients, either of which may be missing or sparse."""
+    if a is None or b is None:
+        return b if a is None else a
+    if isinstance(a, tf.IndexedSlices) and isinstance(b, tf.IndexedSlices):
+        return tf.IndexedSlices(
+            tf.concat([a.values, b.values], 0),
+            tf.concat([a.indices, b.indices], 0),
+            a.dense_shape,
+        )
+    return tf.convert_to_tensor(a) + tf.convert_to_tensor(b)
+
+
+def _to_tensor(leaf: Any) -> Any:
+    return leaf if leaf is None or tf.is_tensor(leaf) else tf.convert_to_tensor(leaf)
+
+
+def _to_numpy(leaf: Any) -> Any:
+    return leaf.numpy() if isinstance(leaf, tf.Tensor) else leaf
+
+
+def _as_tensors(settings: Settings) -> Settings:
+    """Makes every number a tensor, so that another value needs no new compilation."""
+
+    def convert(value: Any) -> Any:
+        return tree.map_structure(
+            lambda leaf: None if leaf is None else tf.cast(leaf, tf.float64), value
+        )
+
+    numbers = {
+        name: convert(getattr(settings, name))
+        for name in (
+            "feature_mask",
+            "adv_step_size",
+            "clip_value_min",
+            "clip_value_max",
+            "pgd_epsilon",
+        )
+    }
+    return settings._replace(**numbers)

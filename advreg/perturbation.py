@@ -1,0 +1,650 @@
+"""The one perturbation loop: start, ascend, project, clip.
+
+`perturb` is all of it. Training, `perturb_on_batch`, custom training loops and attacks
+call it; they differ in where the gradients come from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import ops, tree
+
+from advreg.config import (
+    AdvNeighborConfig,
+    AdvRegConfig,
+    Constraint,
+    NormType,
+    Schedule,
+)
+from advreg.geometry import project, sample_unit_ball, steepest_direction
+
+Tensor = Any
+Features = Any  # a tensor, or a nested dict, list or tuple of tensors
+Gradients = list  # one tensor, or `None`, for each leaf of the features
+
+
+class Settings(NamedTuple):
+    """An `AdvNeighborConfig` at one moment of training: schedules have become numbers.
+
+    Numbers, masks and ranges may be tensors, so that a compiled function can take them
+    as arguments. Fields are those of the configuration, in its order.
+    """
+
+    feature_mask: Constraint
+    adv_step_size: Tensor | float
+    adv_grad_norm: NormType
+    clip_value_min: Constraint
+    clip_value_max: Constraint
+    pgd_iterations: int
+    pgd_epsilon: Tensor | float | None
+    random_init: bool
+
+    @classmethod
+    def of(
+        cls, config: AdvNeighborConfig, iteration: Tensor | int | None = None
+    ) -> Settings:
+        """Evaluates the schedules of a configuration.
+
+        Args:
+            config: An `AdvNeighborConfig`.
+            iteration: Number of optimizer steps taken, which schedules need.
+        """
+        values = {name: getattr(config, name) for name in cls._fields}
+        for name in ("adv_step_size", "pgd_epsilon"):
+            if isinstance(values[name], Schedule):
+                if iteration is None:
+                    raise ValueError(
+                        f"`{name}` is a schedule over the optimizer's iterations, "
+                        "which a custom training loop keeps to itself. Pass its "
+                        f"value: `dataclasses.replace(config, {name}=float(schedule("
+                        f"optimizer.iterations)))`. Received: {name}={values[name]!r}"
+                    )
+                values[name] = values[name](iteration)
+        return cls(**values)
+
+
+def perturb(
+    features: Features,
+    gradients: Gradients,
+    gradient_at: Callable[[Features], Gradients],
+    settings: Settings,
+    seed: keras.random.SeedGenerator | None = None,
+) -> Features:
+    """Moves each example where its loss grows, inside the ball and the range.
+
+    Solves `max loss(x + d) subject to ‖d‖ ≤ pgd_epsilon, clip_value_min ≤ x + d ≤
+    clip_value_max` by projected steepest ascent over all features that have a gradient,
+    from `x` itself or from a random point of the ball. The working state is the
+    displacement `d`, in float32 at least. Where a gradient or an input is not finite,
+    the input stays what it is.
+
+    Args:
+        features: A tensor, or a nested structure of tensors, whose first axis is the
+            batch.
+        gradients: The gradient of the loss with respect to each leaf of `features`, in
+            the order of `keras.tree.flatten`; `None` for a leaf that is not to move.
+        gradient_at: Function that returns the same for other features of the same
+            structure. It is called once per iteration after the first, and for the
+            first one too after a random start.
+        settings: The hyperparameters.
+        seed: Where a random start draws from: Keras's global generator if `None`.
+
+    Returns:
+        Features in the structure, shapes and dtypes of `features`.
+
+    Raises:
+        ValueError: No feature has a gradient, or a mask or range does not fit.
+    """
+    packing = _Packing(features, gradients)
+    x = packing.pack(packing.leaves)
+    mask = packing.spread("feature_mask", settings.feature_mask, 1.0)
+    free = None if mask is None else mask > 0.0
+    low, high, nearest, farthest = _bounds(
+        packing, settings, ops.stop_gradient(x), free
+    )
+    step_size = ops.cast(settings.adv_step_size, x.dtype)
+
+    def perturbed(displacement: Tensor) -> Features:
+        # Clipping the sum again takes out the rounding of `x + (bound - x)`.
+        return packing.unpack(_clip(x + displacement, low, high))
+
+    def constrain(displacement: Tensor) -> Tensor:
+        if settings.pgd_epsilon is not None:
+            displacement = project(
+                displacement, settings.pgd_epsilon, settings.adv_grad_norm
+            )
+        return _clip(displacement, nearest, farthest)
+
+    def ascend(displacement: Tensor, gradients: Gradients) -> Tensor:
+        gradient = packing.pack(gradients)
+        gradient = ops.where(ops.isfinite(gradient), gradient, 0.0)
+        if mask is not None:
+            gradient = gradient * mask
+        direction = steepest_direction(gradient, settings.adv_grad_norm)
+        return constrain(displacement + step_size * direction)
+
+    def iterate(displacement: Tensor) -> Tensor:
+        return ascend(displacement, gradient_at(perturbed(displacement)))
+
+    if settings.random_init:
+        radius = settings.pgd_epsilon
+        radius = step_size if radius is None else ops.cast(radius, x.dtype)
+        noise = sample_unit_ball(
+            (ops.shape(x)[0], ops.shape(x)[1]),
+            settings.adv_grad_norm,
+            seed,
+            None if free is None else ops.cast(free, x.dtype),
+            keras.backend.standardize_dtype(x.dtype),
+        )
+        displacement = constrain(radius * noise)
+        remaining = settings.pgd_iterations
+    else:
+        displacement = ascend(ops.zeros_like(x), gradients)
+        remaining = settings.pgd_iterations - 1
+    displacement = _repeat(iterate, remaining, ops.stop_gradient(displacement))
+    return perturbed(ops.stop_gradient(displacement))
+
+
+def differentiable(features: Features, fixed: Sequence[str] = ()) -> list[bool]:
+    """Tells for each leaf whether a gradient can be taken with respect to it.
+
+    Dense float tensors can; integers, strings, ragged and sparse tensors cannot.
+
+    Args:
+        features: A nested structure.
+        fixed: Keys of a dictionary of features that must not move.
+    """
+    return [
+        isinstance(leaf, tf.Tensor)
+        and leaf.dtype.is_floating
+        and not (path and path[0] in fixed)
+        for path, leaf in tree.flatten_with_path(features)
+    ]
+
+
+def input_gradients(
+    loss_at: Callable[[Features], Tensor], features: Features, wanted: Sequence[bool]
+) -> Gradients:
+    """Returns the gradient of `loss_at` for each wanted leaf, `None` for the others."""
+    watched = select(features, wanted)
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(watched)
+        loss = loss_at(features)
+    return align(tape.gradient(loss, watched), wanted)
+
+
+def select(features: Features, wanted: Sequence[bool]) -> list[Tensor]:
+    """Returns the wanted leaves."""
+    return [
+        leaf for leaf, want in zip(tree.flatten(features), wanted, strict=True) if want
+    ]
+
+
+def align(gradients: Sequence[Tensor], wanted: Sequence[bool]) -> Gradients:
+    """Puts the gradients of the wanted leaves in their places, `None` elsewhere."""
+    found = iter(gradients)
+    return [next(found) if want else None for want in wanted]
+
+
+def gen_adv_neighbor(
+    input_features: Features,
+    labeled_loss: Tensor,
+    config: AdvNeighborConfig,
+    raise_invalid_gradient: bool = False,
+    gradient_tape: tf.GradientTape | None = None,
+    pgd_model_fn: Callable[[Features], Any] | None = None,
+    pgd_loss_fn: Callable[[Any, Any], Tensor] | None = None,
+    pgd_labels: Any = None,
+    use_while_loop: bool = False,
+) -> tuple[Features, Tensor]:
+    """Generates the adversarial neighbour of each example, for custom training loops.
+
+    Args:
+        input_features: A tensor, or a nested structure of tensors, whose first axis is
+            the batch. Dense float tensors that the loss depends on are perturbed,
+            everything else comes back as it is.
+        labeled_loss: Float tensor, the loss at `input_features`.
+        config: An `AdvNeighborConfig` without schedules.
+        raise_invalid_gradient: Whether a leaf that cannot be perturbed is an error.
+        gradient_tape: The `tf.GradientTape` that watched `input_features` while
+            `labeled_loss` was computed. It may be left out inside a `tf.function`.
+        pgd_model_fn: Function from features to predictions. Needed for more than one
+            iteration and for random starts. Variables of Keras layers that it updates
+            keep their values.
+        pgd_loss_fn: Function `(labels, predictions) -> loss`, needed with
+            `pgd_model_fn`.
+        pgd_labels: The labels to hand to `pgd_loss_fn`.
+        use_while_loop: Accepted for callers of Neural Structured Learning. The
+            iterations always are one `tf.while_loop`, with the same result.
+
+    Returns:
+        The perturbed features, in the structure of `input_features`, and the weight of
+        each neighbour, ones of shape `[batch, 1]` in float32.
+
+    Raises:
+        ValueError: There is no gradient to follow, an argument that the configuration
+            needs is missing, or a mask or range does not fit.
+
+    Example:
+    >>> with tf.GradientTape() as tape:
+    ...     tape.watch(x)
+    ...     loss = loss_fn(y, model(x))
+    >>> neighbor, _ = gen_adv_neighbor(x, loss, config, gradient_tape=tape)
+    """
+    del use_while_loop
+    settings = Settings.of(config)
+    needs_model = settings.pgd_iterations > 1 or settings.random_init
+    if needs_model and (pgd_model_fn is None or pgd_loss_fn is None):
+        raise ValueError(
+            "`pgd_model_fn` and `pgd_loss_fn` are needed where `pgd_iterations` is "
+            "above 1 or `random_init` is set: the gradient must be taken at perturbed "
+            f"inputs. Received: pgd_iterations={settings.pgd_iterations}, "
+            f"random_init={settings.random_init}, pgd_model_fn={pgd_model_fn}, "
+            f"pgd_loss_fn={pgd_loss_fn}"
+        )
+    wanted = differentiable(input_features)
+    gradients = align(
+        _loss_gradient(labeled_loss, select(input_features, wanted), gradient_tape),
+        wanted,
+    )
+    if raise_invalid_gradient and any(gradient is None for gradient in gradients):
+        raise ValueError(
+            "`raise_invalid_gradient` is set, and these features cannot be perturbed, "
+            "because they are not dense floats or the loss does not depend on them: "
+            f"{_name_leaves(input_features, [g is None for g in gradients])}"
+        )
+
+    def loss_at(features: Features) -> Tensor:
+        assert pgd_model_fn is not None and pgd_loss_fn is not None
+        with keras.StatelessScope():
+            return pgd_loss_fn(pgd_labels, pgd_model_fn(features))
+
+    moving = [gradient is not None for gradient in gradients]
+    neighbor = perturb(
+        input_features,
+        gradients,
+        lambda features: input_gradients(loss_at, features, moving),
+        settings,
+    )
+    batch = tf.shape(tf.nest.flatten(select(input_features, moving))[0])[0]
+    return neighbor, tf.ones([batch, 1])
+
+
+def adversarial_loss(
+    features: Features,
+    labels: Any,
+    model: Callable[..., Any],
+    loss_fn: Callable[..., Tensor],
+    sample_weights: Tensor | None = None,
+    adv_config: AdvRegConfig | None = None,
+    predictions: Any = None,
+    labeled_loss: Tensor | None = None,
+    gradient_tape: tf.GradientTape | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> Tensor:
+    """Computes the loss at adversarially perturbed features, for custom loops.
+
+    Works in eager code and inside `tf.function`. The perturbation is a constant to an
+    outer tape. State that the model updates while the attack looks for a gradient is
+    discarded; the final pass updates it as any forward pass does.
+
+    Args:
+        features: A tensor, or a nested structure of tensors, whose first axis is the
+            batch.
+        labels: The labels to hand to `loss_fn`.
+        model: Callable from features to predictions, such as a `keras.Model`.
+        loss_fn: Callable `(labels, predictions)`, and a third argument where
+            `sample_weights` are given, such as a `keras.losses.Loss`.
+        sample_weights: Weights of the examples, as `loss_fn` takes them.
+        adv_config: An `AdvRegConfig`, by default `AdvRegConfig()`. Its multiplier is
+            the caller's to apply.
+        predictions: `model(features)`, where it is known already.
+        labeled_loss: `loss_fn(labels, model(features))`, where it is known already.
+        gradient_tape: The `tf.GradientTape` that watched `features` while these were
+            computed. Needed with them in eager code.
+        model_kwargs: Further keyword arguments of `model`, such as `training`.
+
+    Returns:
+        The loss at the perturbed features, as `loss_fn` gives it.
+
+    Raises:
+        TypeError: `adv_config` is not an `AdvRegConfig`.
+        ValueError: There is no gradient to follow, or a mask or range does not fit.
+
+    Example:
+    >>> with tf.GradientTape() as tape:
+    ...     with tf.GradientTape() as input_tape:
+    ...         input_tape.watch(x)
+    ...         loss = loss_fn(y, model(x))
+    ...     loss += 0.2 * adversarial_loss(
+    ...         x, y, model, loss_fn, adv_config=config, labeled_loss=loss,
+    ...         gradient_tape=input_tape)
+    >>> gradients = tape.gradient(loss, model.trainable_variables)
+    """
+    adv_config = AdvRegConfig() if adv_config is None else adv_config
+    if not isinstance(adv_config, AdvRegConfig):
+        raise TypeError(
+            "`adv_config` must be an `AdvRegConfig`, as `make_adv_reg_config` returns. "
+            f"Received: {adv_config!r} (of type {type(adv_config).__name__})"
+        )
+    known = predictions is not None or labeled_loss is not None
+    if known and gradient_tape is None and tf.executing_eagerly():
+        raise ValueError(
+            "`gradient_tape` is needed in eager code where `predictions` or "
+            "`labeled_loss` are given: pass the `tf.GradientTape` that watched "
+            "`features` while they were computed. Received: gradient_tape=None"
+        )
+    model = functools.partial(model, **(model_kwargs or {}))
+    weights = () if sample_weights is None else (sample_weights,)
+
+    def loss_of(labels: Any, predictions: Any) -> Tensor:
+        return loss_fn(labels, predictions, *weights)
+
+    if not known and gradient_tape is None:
+        features = tree.map_structure(_to_tensor, features)
+        gradient_tape = tf.GradientTape()
+    if labeled_loss is None:
+        with _recording(gradient_tape):
+            if gradient_tape is not None:
+                gradient_tape.watch(select(features, differentiable(features)))
+            if predictions is None:
+                predictions = model(features)
+            labeled_loss = loss_of(labels, predictions)
+    neighbor, _ = gen_adv_neighbor(
+        features,
+        labeled_loss,
+        adv_config.adv_neighbor_config,
+        gradient_tape=gradient_tape,
+        pgd_model_fn=model,
+        pgd_loss_fn=loss_of,
+        pgd_labels=labels,
+    )
+    return loss_of(labels, model(neighbor))
+
+
+class _Packing:
+    """All features that move, as one `[batch, values]` matrix, and back.
+
+    Joint norms, masks, ranges, projection and sampling then know no structure.
+
+    Args:
+        features: A nested structure of tensors.
+        gradients: One for each leaf; the leaves without any stay what they are.
+    """
+
+    def __init__(self, features: Features, gradients: Gradients) -> None:
+        self.features = features
+        self.leaves = tree.flatten(features)
+        self.moving = [gradient is not None for gradient in gradients]
+        self.tensors = [t for t, move in zip(self.leaves, self.moving) if move]
+        if not self.tensors:
+            raise ValueError(
+                "Nothing can be perturbed: only dense float features that the loss "
+                "depends on can, and of the features received none is both. Cast "
+                "quantities that arrive as integers to float32, and check that the "
+                f"gradient reaches the input. Received: {describe(features)}"
+            )
+        for tensor in self.tensors:
+            if not tensor.shape.rank:
+                raise ValueError(
+                    "A perturbed feature needs a known rank and a batch axis first. "
+                    f"Received: {describe(features)}"
+                )
+        self.dtype = keras.backend.result_type(
+            "float32", *(tensor.dtype for tensor in self.tensors)
+        )
+        self.shapes = [ops.shape(tensor) for tensor in self.tensors]
+        self.widths = [_product(shape[1:]) for shape in self.shapes]
+
+    def pack(self, leaves: Sequence[Tensor]) -> Tensor:
+        """Casts and reshapes the leaves that move into one matrix."""
+        rows = [
+            ops.cast(ops.reshape(leaf, (shape[0], width)), self.dtype)
+            for leaf, shape, width in zip(
+                (leaf for leaf, move in zip(leaves, self.moving) if move),
+                self.shapes,
+                self.widths,
+                strict=True,
+            )
+        ]
+        return rows[0] if len(rows) == 1 else ops.concatenate(rows, axis=1)
+
+    def unpack(self, matrix: Tensor) -> Features:
+        """Puts the columns back in their leaves, beside those that do not move."""
+        leaves, start = list(self.leaves), 0
+        places = [place for place, move in enumerate(self.moving) if move]
+        for place, tensor, shape, width in zip(
+            places, self.tensors, self.shapes, self.widths, strict=True
+        ):
+            columns = matrix[:, start : start + width]
+            columns = matrix if len(places) == 1 else columns
+            leaves[place] = ops.cast(ops.reshape(columns, shape), tensor.dtype)
+            start = start + width
+        return tree.pack_sequence_as(self.features, leaves)
+
+    def spread(
+        self, name: str, constraint: Constraint, missing: float
+    ) -> Tensor | None:
+        """Lays a mask or a range out in the columns of the matrix.
+
+        Args:
+            name: The argument that errors name.
+            constraint: A number, an array, or a structure of these.
+            missing: What stands for `None`.
+
+        Returns:
+            A scalar or a matrix that broadcasts to `[batch, values]`, or `None` where
+            nothing is constrained.
+        """
+        _check_structure(name, constraint, self.features)
+        values = [
+            _check_shape(name, _lookup(constraint, path), leaf, path)
+            for (path, leaf), move in zip(
+                tree.flatten_with_path(self.features), self.moving, strict=True
+            )
+            if move
+        ]
+        if all(value is None for value in values):
+            return None
+        if not isinstance(constraint, (dict, list, tuple)) and not np.ndim(constraint):
+            return ops.cast(constraint, self.dtype)
+        values = [missing if value is None else value for value in values]
+        values = [ops.cast(ops.convert_to_tensor(v), self.dtype) for v in values]
+        ranks = [tensor.shape.rank for tensor in self.tensors]
+        # Ranges that are the same for all examples are laid out once.
+        shared = all(
+            value.shape.rank < rank or value.shape[0] == 1
+            for value, rank in zip(values, ranks, strict=True)
+        )
+        rows = [
+            ops.reshape(
+                ops.broadcast_to(value, (1 if shared else shape[0], *shape[1:])),
+                (1 if shared else shape[0], width),
+            )
+            for value, shape, width in zip(
+                values, self.shapes, self.widths, strict=True
+            )
+        ]
+        return rows[0] if len(rows) == 1 else ops.concatenate(rows, axis=1)
+
+
+def _bounds(
+    packing: _Packing, settings: Settings, x: Tensor, free: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Returns the range of the perturbed input, then that of the displacement.
+
+    A masked value and one that is not finite have the range of their own value.
+    """
+    low = packing.spread("clip_value_min", settings.clip_value_min, -math.inf)
+    high = packing.spread("clip_value_max", settings.clip_value_max, math.inf)
+    if low is None and high is None:
+        return None, None, None, None
+    finite = ops.isfinite(x)
+    movable = finite if free is None else ops.logical_and(finite, free)
+
+    def ranges(bound: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        if bound is None:
+            return None, None
+        return ops.where(movable, bound, x), ops.where(movable, bound - x, 0.0)
+
+    (low, nearest), (high, farthest) = ranges(low), ranges(high)
+    return low, high, nearest, farthest
+
+
+def _clip(value: Tensor, low: Tensor | None, high: Tensor | None) -> Tensor:
+    if low is not None:
+        value = ops.maximum(value, low)
+    if high is not None:
+        value = ops.minimum(value, high)
+    return value
+
+
+def _repeat(function: Callable[[Tensor], Tensor], times: int, value: Tensor) -> Tensor:
+    """Applies a function again and again, in memory that does not grow with `times`."""
+    if times == 0:
+        return value
+    if times == 1:
+        return function(value)
+    _, value = ops.while_loop(
+        lambda count, _: count < times,
+        lambda count, value: (count + 1, function(value)),
+        (0, value),
+        maximum_iterations=times,
+    )
+    return value
+
+
+def _check_structure(name: str, constraint: Constraint, features: Features) -> None:
+    """Checks that a structure of constraints names only features that there are."""
+    if not isinstance(constraint, (dict, list, tuple)):
+        return
+    problem = None
+    if isinstance(constraint, dict):
+        if not isinstance(features, Mapping):
+            problem = "is a dictionary, and the features are not"
+        elif unknown := sorted(set(constraint) - set(features)):
+            problem = f"has keys {unknown} that are no features"
+        else:
+            for key, value in constraint.items():
+                _check_structure(f"{name}[{key!r}]", value, features[key])
+    elif not isinstance(features, (list, tuple)):
+        problem = (
+            f"is a {type(constraint).__name__}, and the features are not (numbers that "
+            "belong to one feature are to be a NumPy array)"
+        )
+    elif len(constraint) != len(features):
+        problem = (
+            f"has {len(constraint)} entries, and there are {len(features)} features"
+        )
+    else:
+        for index, (value, feature) in enumerate(
+            zip(constraint, features, strict=True)
+        ):
+            _check_structure(f"{name}[{index}]", value, feature)
+    if problem:
+        raise ValueError(
+            f"`{name}` must be a number, an array, or have the structure of the "
+            f"features. It {problem}. Received: {name}={constraint!r} for features "
+            f"{describe(features)}"
+        )
+
+
+def _lookup(constraint: Constraint, path: Sequence[Any]) -> Constraint:
+    """Finds what a constraint says of the leaf at this path."""
+    for key in path:
+        if isinstance(constraint, dict):
+            constraint = constraint.get(key)
+        elif isinstance(constraint, (list, tuple)):
+            constraint = constraint[key]
+    return constraint
+
+
+def _check_shape(
+    name: str, value: Constraint, leaf: Tensor, path: Sequence[Any]
+) -> Constraint:
+    """Checks that an array broadcasts to its feature without making it larger."""
+    if value is None:
+        return None
+    given, wanted = tuple(np.shape(value)), tuple(leaf.shape)
+    aligned = zip(reversed(given), reversed(wanted))
+    if len(given) > len(wanted) or not all(
+        g == 1 or w is None or g == w for g, w in aligned
+    ):
+        where = "".join(f"[{key!r}]" for key in path)
+        raise ValueError(
+            f"`{name}` must broadcast to the feature{' ' + where if where else ''} that "
+            f"it constrains, which has shape {wanted}. Received shape: {given}"
+        )
+    return value
+
+
+def _loss_gradient(
+    loss: Tensor, leaves: list[Tensor], tape: tf.GradientTape | None
+) -> Sequence[Tensor]:
+    """The gradient of a loss that is computed already."""
+    if not leaves:
+        return []
+    if tape is None:
+        if tf.executing_eagerly():
+            raise ValueError(
+                "`gradient_tape` is needed in eager code: pass the `tf.GradientTape` "
+                "that watched `input_features` while `labeled_loss` was computed. "
+                "Received: gradient_tape=None"
+            )
+        return tf.gradients(loss, leaves)
+    # TensorFlow says whether a tape is recording or persistent by raising too late.
+    if not getattr(tape, "_recording", False):
+        return tape.gradient(loss, leaves)
+    if not getattr(tape, "_persistent", True):
+        raise ValueError(
+            "`gradient_tape` is still recording. Leave its `with` block first, or make "
+            "it with `persistent=True`. Received: a recording, non-persistent tape"
+        )
+    with tape.stop_recording():
+        return tape.gradient(loss, leaves)
+
+
+def _recording(tape: tf.GradientTape | None) -> Any:
+    """Lets a tape record, unless there is none or it is recording already."""
+    if tape is None or getattr(tape, "_recording", False):
+        return contextlib.nullcontext()
+    return tape
+
+
+def _to_tensor(leaf: Any) -> Any:
+    return leaf if leaf is None or tf.is_tensor(leaf) else tf.convert_to_tensor(leaf)
+
+
+def _product(sizes: Sequence[Any]) -> Any:
+    return functools.reduce(lambda a, b: a * b, sizes, 1)
+
+
+def _name_leaves(features: Features, chosen: Sequence[bool]) -> list[str]:
+    paths = [path for path, _ in tree.flatten_with_path(features)]
+    return [
+        ".".join(str(key) for key in path) or "the input"
+        for path, choose in zip(paths, chosen, strict=True)
+        if choose
+    ]
+
+
+def describe(features: Features) -> str:
+    """Shapes and dtypes of features, for error messages."""
+    return str(
+        tree.map_structure(
+            lambda leaf: (
+                f"{type(leaf).__name__}(shape={leaf.shape}, dtype={leaf.dtype})"
+                if hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+                else type(leaf).__name__
+            ),
+            features,
+        )
+    )
