@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import keras
 import numpy as np
 
-Schedule: TypeAlias = keras.optimizers.schedules.LearningRateSchedule
+Schedule = keras.optimizers.schedules.LearningRateSchedule
 Number: TypeAlias = Any  # float or Schedule; Keras ships no types to say so
 Constraint: TypeAlias = Any  # None, a number, an array, or a structure of these
 

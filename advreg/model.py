@@ -459,8 +459,8 @@ class AdversarialRegularization(keras.Model):
         unknown = sorted(set(overrides) - set(fields))
         if unknown:
             raise TypeError(
-                f"`perturb_on_batch` takes the fields of `AdvNeighborConfig`, {fields}, "
-                f"as overrides. Received: {unknown}"
+                "Overrides of `perturb_on_batch` must be fields of "
+                f"`AdvNeighborConfig`: {fields}. Received: {unknown}"
             )
         return dataclasses.replace(self.adv_config.adv_neighbor_config, **overrides)
 
@@ -518,8 +518,8 @@ def _check_base(base_model: Any) -> None:
                 "with `load_weights`."
             )
         raise TypeError(
-            f"`base_model` must be a Keras 3 model, an instance of `keras.Model`.{hint} "
-            f"Received: {base_model!r} (of type {type(base_model).__module__}."
+            "`base_model` must be a Keras 3 model, an instance of `keras.Model`."
+            f"{hint} Received: {base_model!r} (of type {type(base_model).__module__}."
             f"{type(base_model).__name__})"
         )
     for name in ("train_step", "compute_loss"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -183,9 +184,7 @@ def input_gradients(
 
 def select(features: Features, wanted: Sequence[bool]) -> list[Tensor]:
     """Returns the wanted leaves."""
-    return [
-        leaf for leaf, want in zip(tree.flatten(features), wanted, strict=True) if want
-    ]
+    return list(itertools.compress(tree.flatten(features), wanted))
 
 
 def align(gradients: Sequence[Tensor], wanted: Sequence[bool]) -> Gradients:
@@ -263,9 +262,9 @@ def gen_adv_neighbor(
         )
 
     def loss_at(features: Features) -> Tensor:
-        assert pgd_model_fn is not None and pgd_loss_fn is not None
+        # Never reached without the functions: `needs_model` has seen to it.
         with keras.StatelessScope():
-            return pgd_loss_fn(pgd_labels, pgd_model_fn(features))
+            return pgd_loss_fn(pgd_labels, pgd_model_fn(features))  # type: ignore[misc]
 
     moving = [gradient is not None for gradient in gradients]
     neighbor = perturb(
@@ -384,7 +383,7 @@ class _Packing:
         self.features = features
         self.leaves = tree.flatten(features)
         self.moving = [gradient is not None for gradient in gradients]
-        self.tensors = [t for t, move in zip(self.leaves, self.moving) if move]
+        self.tensors = list(itertools.compress(self.leaves, self.moving))
         if not self.tensors:
             raise ValueError(
                 "Nothing can be perturbed: only dense float features that the loss "
@@ -409,7 +408,7 @@ class _Packing:
         rows = [
             ops.cast(ops.reshape(leaf, (shape[0], width)), self.dtype)
             for leaf, shape, width in zip(
-                (leaf for leaf, move in zip(leaves, self.moving) if move),
+                itertools.compress(leaves, self.moving),
                 self.shapes,
                 self.widths,
                 strict=True,
@@ -509,14 +508,20 @@ def _clip(value: Tensor, low: Tensor | None, high: Tensor | None) -> Tensor:
 
 def _repeat(function: Callable[[Tensor], Tensor], times: int, value: Tensor) -> Tensor:
     """Applies a function again and again, in memory that does not grow with `times`."""
-    if times == 0:
+    if times <= 1 or tf.executing_eagerly():
+        for _ in range(times):
+            value = function(value)
         return value
-    if times == 1:
-        return function(value)
-    _, value = ops.while_loop(
+    # TensorFlow inlines the body of a loop, and oneDNN, which then meets a cyclic graph,
+    # may keep slow kernels in it (seen on MaxPoolGrad in TensorFlow 2.21: half as slow
+    # again, at random). As a function of its own the body is optimised as it should be.
+    body = tf.function(
+        function, autograph=False, experimental_attributes={"_noinline": True}
+    )
+    _, value = tf.while_loop(
         lambda count, _: count < times,
-        lambda count, value: (count + 1, function(value)),
-        (0, value),
+        lambda count, value: (count + 1, body(value)),
+        (tf.constant(0), value),
         maximum_iterations=times,
     )
     return value
@@ -574,14 +579,14 @@ def _check_shape(
     if value is None:
         return None
     given, wanted = tuple(np.shape(value)), tuple(leaf.shape)
-    aligned = zip(reversed(given), reversed(wanted))
+    aligned = zip(reversed(given), reversed(wanted), strict=False)
     if len(given) > len(wanted) or not all(
         g == 1 or w is None or g == w for g, w in aligned
     ):
-        where = "".join(f"[{key!r}]" for key in path)
+        where = "".join(f" {key!r}" for key in path)
         raise ValueError(
-            f"`{name}` must broadcast to the feature{' ' + where if where else ''} that "
-            f"it constrains, which has shape {wanted}. Received shape: {given}"
+            f"`{name}` must broadcast to the feature{where} that it constrains, which "
+            f"has shape {wanted}. Received shape: {given}"
         )
     return value
 
