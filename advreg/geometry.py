@@ -81,21 +81,24 @@ def project(displacement: Tensor, radius: Tensor | float, norm: NormType) -> Ten
     Returns:
         Tensor of the shape and dtype of `displacement`.
     """
-    radius = ops.cast(radius, displacement.dtype)
+    radius = ops.convert_to_tensor(radius, displacement.dtype)
     if norm is NormType.INFINITY:
         return ops.clip(displacement, -radius, radius)
     if norm is NormType.L2:
         return displacement * _shrinkage(l2_norm(displacement), radius)
     magnitude = ops.abs(displacement)
-    descending = -ops.sort(-magnitude, axis=-1)
+    outside = ops.sum(magnitude, axis=-1, keepdims=True) > radius
+    # All that follows is relative to the largest component, so that nothing cancels
+    # where the displacement is much larger than the ball.
+    below = magnitude - ops.max(magnitude, axis=-1, keepdims=True)
+    descending = -ops.sort(-below, axis=-1)
     excess = ops.cumsum(descending, axis=-1) - radius
     ranks = ops.cast(ops.arange(1, ops.shape(displacement)[-1] + 1), excess.dtype)
-    # The components that stay are the largest `kept` ones; `excess` grows along them,
-    # so their shared threshold is the largest `excess / rank`.
+    # If the k largest components stay, they share the threshold `excess / k`, and the
+    # k that solves the problem is the one that makes it largest.
     threshold = ops.max(excess / ranks, axis=-1, keepdims=True)
-    outside = ops.sum(magnitude, axis=-1, keepdims=True) > radius
-    shrunk = ops.maximum(magnitude - ops.maximum(threshold, 0.0), 0.0)
-    # Thresholding leaves the sum of many roundings: the last factor takes it out.
+    shrunk = ops.maximum(below - threshold, 0.0)
+    # A sum of many roundings is left: the last factor takes out what exceeds the ball.
     shrunk = shrunk * _shrinkage(ops.sum(shrunk, axis=-1, keepdims=True), radius)
     return ops.where(outside, ops.sign(displacement) * shrunk, displacement)
 
@@ -118,8 +121,8 @@ def sample_unit_ball(
         shape: `(batch, values)`, numbers or scalar tensors.
         norm: A `NormType`.
         seed: The `keras.random.SeedGenerator` to draw from.
-        free: Optional tensor that broadcasts to `shape`, 1 where a coordinate may
-            move and 0 where it stays 0.
+        free: Optional boolean tensor that broadcasts to `shape`: where it is false,
+            the coordinate is 0.
         dtype: Float type of the result.
 
     Returns:
@@ -155,7 +158,7 @@ def _shrinkage(length: Tensor, radius: Tensor) -> Tensor:
 
 
 def _only(values: Tensor, free: Tensor | None) -> Tensor:
-    return values if free is None else values * free
+    return values if free is None else ops.where(free, values, 0.0)
 
 
 def _tiny(tensor: Tensor) -> float:

@@ -176,7 +176,7 @@ class AdversarialRegularization(keras.Model):
                 y_adv = self._forward(x_adv, training=True)
                 with keras.StatelessScope():  # Per-output trackers stay clean.
                     adversarial_loss = self._compile_loss(y, y_adv, sample_weight)
-                adversarial_loss = adversarial_loss * ops.cast(
+                adversarial_loss = adversarial_loss * ops.convert_to_tensor(
                     self._multiplier(), adversarial_loss.dtype
                 )
                 scaled_loss = self._scale(adversarial_loss)
@@ -316,11 +316,11 @@ class AdversarialRegularization(keras.Model):
     def save_own_variables(self, store: Any) -> None:
         """Saves the state of random starts, which Keras leaves out."""
         super().save_own_variables(store)
-        store[_SEED_KEY] = ops.convert_to_numpy(self._training_seed.state)
+        store[_SEED_KEY] = self._training_seed.state.numpy()
 
     def load_own_variables(self, store: Any) -> None:
         """Loads the state of random starts, so that training goes on where it was."""
-        saved = {key: store[key] for key in store.keys()}  # noqa: SIM118 entries
+        saved = {key: store[key] for key in store.keys()}  # noqa: SIM118
         state = saved.pop(_SEED_KEY, None)
         if state is not None:
             self._training_seed.state.assign(state)
@@ -558,7 +558,10 @@ def _as_tensors(settings: Settings) -> Settings:
 
     def convert(value: Any) -> Any:
         return tree.map_structure(
-            lambda leaf: None if leaf is None else tf.cast(leaf, tf.float64), value
+            lambda leaf: (
+                None if leaf is None else ops.convert_to_tensor(leaf, "float64")
+            ),
+            value,
         )
 
     numbers = {

@@ -111,7 +111,7 @@ def perturb(
     low, high, nearest, farthest = _bounds(
         packing, settings, ops.stop_gradient(x), free
     )
-    step_size = ops.cast(settings.adv_step_size, x.dtype)
+    step_size = ops.convert_to_tensor(settings.adv_step_size, x.dtype)
 
     def perturbed(displacement: Tensor) -> Features:
         # Clipping the sum again takes out the rounding of `x + (bound - x)`.
@@ -137,12 +137,14 @@ def perturb(
 
     if settings.random_init:
         radius = settings.pgd_epsilon
-        radius = step_size if radius is None else ops.cast(radius, x.dtype)
+        if radius is None:
+            radius = settings.adv_step_size
+        radius = ops.convert_to_tensor(radius, x.dtype)
         noise = sample_unit_ball(
             (ops.shape(x)[0], ops.shape(x)[1]),
             settings.adv_grad_norm,
             seed,
-            None if free is None else ops.cast(free, x.dtype),
+            free,
             keras.backend.standardize_dtype(x.dtype),
         )
         displacement = constrain(radius * noise)
@@ -454,9 +456,9 @@ class _Packing:
         if all(value is None for value in values):
             return None
         if not isinstance(constraint, (dict, list, tuple)) and not np.ndim(constraint):
-            return ops.cast(constraint, self.dtype)
+            return ops.convert_to_tensor(constraint, self.dtype)
         values = [missing if value is None else value for value in values]
-        values = [ops.cast(ops.convert_to_tensor(v), self.dtype) for v in values]
+        values = [ops.convert_to_tensor(value, self.dtype) for value in values]
         ranks = [tensor.shape.rank for tensor in self.tensors]
         # Ranges that are the same for all examples are laid out once.
         shared = all(
@@ -512,7 +514,7 @@ def _repeat(function: Callable[[Tensor], Tensor], times: int, value: Tensor) -> 
         for _ in range(times):
             value = function(value)
         return value
-    # TensorFlow inlines the body of a loop, and oneDNN, which then meets a cyclic graph,
+    # TensorFlow inlines the body of a loop, and oneDNN, which then meets a cycle,
     # may keep slow kernels in it (seen on MaxPoolGrad in TensorFlow 2.21: half as slow
     # again, at random). As a function of its own the body is optimised as it should be.
     body = tf.function(
@@ -580,9 +582,8 @@ def _check_shape(
         return None
     given, wanted = tuple(np.shape(value)), tuple(leaf.shape)
     aligned = zip(reversed(given), reversed(wanted), strict=False)
-    if len(given) > len(wanted) or not all(
-        g == 1 or w is None or g == w for g, w in aligned
-    ):
+    # A size that differs from example to example fits no batch of unknown size.
+    if len(given) > len(wanted) or not all(g in (1, w) for g, w in aligned):
         where = "".join(f" {key!r}" for key in path)
         raise ValueError(
             f"`{name}` must broadcast to the feature{where} that it constrains, which "

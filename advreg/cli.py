@@ -1,0 +1,139 @@
+"""The command line: `advreg demo`.
+
+Each sub-command is a function that adds its parser, and one that runs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from advreg import demo
+from advreg._version import __version__
+from advreg.datasets import DatasetError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a sub-command.
+
+    Args:
+        argv: The arguments, by default those of the process.
+
+    Returns:
+        The exit status: 0, or 1 where something that the command needs is not there.
+
+    Raises:
+        SystemExit: An argument is wrong (status 2), or help or the version was asked
+            for (status 0).
+
+    Example:
+    >>> main(["demo", "--epochs", "2"])
+    """
+    args = _parser().parse_args(argv)
+    return args.run(args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="advreg", description="Adversarial regularisation for Keras 3."
+    )
+    parser.add_argument("--version", action="version", version=f"advreg {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    for add in (_add_demo,):
+        add(commands)
+    return parser
+
+
+def _add_demo(commands: Any) -> None:
+    defaults = demo.DemoSettings()
+    parser = commands.add_parser(
+        "demo",
+        help="train a plain and a regularised network, and attack both",
+        description="Train a plain and a regularised copy of the same network, and "
+        "compare their accuracies on clean and on perturbed images.",
+    )
+    by_dataset = "default: depends on the dataset"
+    parser.add_argument(
+        "--dataset",
+        metavar="NAME",
+        default=defaults.dataset,
+        help="'digits', or a dataset of TensorFlow Datasets that classifies images "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--epochs", type=int, metavar="N", help=f"epochs of training ({by_dataset})"
+    )
+    parser.add_argument(
+        "--multiplier",
+        type=float,
+        metavar="X",
+        help=f"weight of the adversarial loss ({by_dataset})",
+    )
+    parser.add_argument(
+        "--adv-step-size",
+        type=float,
+        metavar="X",
+        help="step of the perturbation in training, and radius of every attack "
+        f"({by_dataset}, and suits the infinity norm)",
+    )
+    parser.add_argument(
+        "--adv-grad-norm",
+        metavar="NORM",
+        default=defaults.adv_grad_norm,
+        help="norm of the perturbation: l1, l2 or infinity (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--pgd-iterations",
+        type=int,
+        metavar="N",
+        default=defaults.pgd_iterations,
+        help="steps of a perturbation in training (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--random-init",
+        action="store_true",
+        help="start perturbations in training at random",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        metavar="N",
+        default=defaults.seed,
+        help="seed of weights, batches and random starts (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        metavar="DIR",
+        default=defaults.output_dir,
+        help="where the figure and the numbers go (default: %(default)s)",
+    )
+    parser.set_defaults(run=lambda args: _run_demo(parser, args))
+
+
+def _run_demo(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    values = {name: value for name, value in vars(args).items() if name != "run"}
+    try:
+        settings = demo.DemoSettings(**values)
+    except (TypeError, ValueError) as error:
+        parser.error(_as_options(str(error)))
+    try:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output-dir must be a directory. Received: {error}")
+    try:
+        result = demo.run(settings)
+    except (DatasetError, ImportError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 1
+    print(result)
+    return 0
+
+
+def _as_options(message: str) -> str:
+    """Names the options of the command line, where a message names arguments."""
+    return re.sub(r"`(\w+)`", lambda match: "--" + match[1].replace("_", "-"), message)

@@ -1,0 +1,197 @@
+"""Figures. Matplotlib is imported where one is drawn, and no window is opened."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+RIGHT = "green"
+WRONG = "red"
+
+Classes: TypeAlias = Sequence[int] | np.ndarray
+_Figure: TypeAlias = (
+    Any  # Matplotlib is an extra, and the annotations must not need it.
+)
+
+
+def figure_class() -> type:
+    """Returns Matplotlib's `Figure`, which draws without a window.
+
+    Raises:
+        ImportError: The extra `demo` is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "matplotlib is needed to draw figures, and belongs to an extra: "
+            f"pip install 'advreg[demo]'. Received: {error}"
+        ) from error
+    return Figure
+
+
+def perturbation_grid(
+    clean: np.ndarray,
+    perturbed: np.ndarray,
+    labels: Classes,
+    predictions: Mapping[str, tuple[Classes, Classes]],
+    *,
+    class_names: Sequence[str] | None = None,
+    title: str | None = None,
+    figure: _Figure | None = None,
+) -> _Figure:
+    """Draws clean and perturbed images with what each network takes them for.
+
+    Each example is a column: the clean image above, the perturbed one below, and under
+    each image one line per network, green where its prediction is right, red where it
+    is wrong.
+
+    Args:
+        clean: Images in [0, 1] of shape `[n, height, width, channels]`, with one or
+            three channels.
+        perturbed: Their adversarial neighbours, of the same shape.
+        labels: The `n` true classes.
+        predictions: For each network, by its name, the `n` classes that it predicts
+            for the clean images and the `n` for the perturbed ones.
+        class_names: Names of the classes, by default their numbers.
+        title: Title of the figure.
+        figure: Matplotlib figure to draw into, by default a new one of fitting size.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: The extra `demo` is not installed.
+        ValueError: Shapes or lengths do not fit together.
+
+    Example:
+    >>> figure = perturbation_grid(
+    ...     x, x_adv, y, {"plain": (plain_on_x, plain_on_x_adv)})
+    >>> figure.savefig("perturbations.png")
+    """
+    _check_images(clean, perturbed)
+    _check_lengths(len(clean), labels, predictions)
+
+    def name(index: int) -> str:
+        return str(index) if class_names is None else class_names[index]
+
+    if figure is None:
+        longest = max(len(name(int(index))) for index in labels)
+        figure = figure_class()(
+            figsize=_size(len(clean), longest, len(predictions)), layout="constrained"
+        )
+    axes = figure.subplots(2, len(clean), squeeze=False)
+    for row, images in enumerate((clean, perturbed)):
+        for column, image in enumerate(images):
+            _draw_image(axes[row, column], image)
+            for line, predicted in enumerate(predictions.values()):
+                _draw_prediction(
+                    axes[row, column],
+                    line,
+                    name(int(predicted[row][column])),
+                    bool(predicted[row][column] == labels[column]),
+                )
+        _draw_row_names(axes[row, 0], ("clean", "perturbed")[row], predictions)
+    for column, label in enumerate(labels):
+        axes[0, column].set_title(f"true: {name(int(label))}", fontsize=9)
+    if title is not None:
+        _write(figure.suptitle, title, 11)
+    _write(figure.supxlabel, _legend(list(predictions)), 9)
+    return figure
+
+
+def _check_images(clean: np.ndarray, perturbed: np.ndarray) -> None:
+    shapes = tuple(np.shape(clean)), tuple(np.shape(perturbed))
+    if (
+        shapes[0] != shapes[1]
+        or len(shapes[0]) != 4
+        or 0 in shapes[0]
+        or shapes[0][-1] not in (1, 3)
+    ):
+        raise ValueError(
+            "`clean` and `perturbed` must have the same shape [n, height, width, "
+            f"channels], with one or three channels. Received: {shapes[0]} and "
+            f"{shapes[1]}"
+        )
+
+
+def _check_lengths(
+    count: int,
+    labels: Classes,
+    predictions: Mapping[str, tuple[Classes, Classes]],
+) -> None:
+    lengths = {"labels": [len(labels)]}
+    for name, predicted in predictions.items():
+        lengths[f"predictions[{name!r}]"] = [len(part) for part in predicted]
+    for name, found in lengths.items():
+        expected = [count] if name == "labels" else [count, count]
+        if found != expected:
+            raise ValueError(
+                f"`{name}` must hold {count} classes, as many as there are images"
+                f"{'' if name == 'labels' else ', for clean and for perturbed ones'}. "
+                f"Received: the lengths {found}"
+            )
+
+
+def _size(columns: int, longest_name: int, lines: int) -> tuple[float, float]:
+    """Width and height in inches that leave room for the text."""
+    column = max(1.1, 0.35 + 0.085 * longest_name)
+    return 1.3 + column * columns, 1.0 + 2 * (column + 0.2 * lines)
+
+
+def _draw_image(ax: Any, image: np.ndarray) -> None:
+    pixels = np.clip(image, 0.0, 1.0)
+    if pixels.shape[-1] == 1:
+        pixels = pixels[..., 0]
+    ax.imshow(pixels, cmap="gray", vmin=0.0, vmax=1.0, interpolation="nearest")
+    ax.set_xticks([])
+    ax.set_yticks([])
+
+
+def _draw_prediction(ax: Any, line: int, name: str, right: bool) -> None:
+    # The mark says in black and white what the colour says.
+    ax.annotate(
+        f"{name} {'✓' if right else '✗'}",
+        xy=(0.5, 0.0),
+        xycoords="axes fraction",
+        xytext=(0, _line_offset(line)),
+        textcoords="offset points",
+        ha="center",
+        va="top",
+        fontsize=9,
+        color=RIGHT if right else WRONG,
+    )
+
+
+def _draw_row_names(ax: Any, row: str, networks: Iterable[str]) -> None:
+    ax.set_ylabel(row, fontsize=10)
+    for line, network in enumerate(networks):
+        ax.annotate(
+            f"{network}:",
+            xy=(0.0, 0.0),
+            xycoords="axes fraction",
+            xytext=(-8, _line_offset(line)),
+            textcoords="offset points",
+            ha="right",
+            va="top",
+            fontsize=9,
+        )
+
+
+def _write(write: Callable[..., Any], text: str, size: int) -> None:
+    """Writes a line across the figure, in as many lines as its width asks for."""
+    artist = write("", fontsize=size)
+    points = 72 * artist.get_figure().get_figwidth()
+    artist.set_text(textwrap.fill(text, max(20, int(points / (0.6 * size)))))
+
+
+def _line_offset(line: int) -> float:
+    return -4.0 - 13.0 * line
+
+
+def _legend(networks: Sequence[str]) -> str:
+    lines = ", then ".join(f"the {network} network's" for network in networks)
+    return f"Predictions under each image: {lines} (green ✓ right, red ✗ wrong)"

@@ -1,0 +1,191 @@
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from oracle import NORMS, norms
+from oracle import project as project_in_numpy
+from oracle import steepest as steepest_in_numpy
+from scipy import stats
+
+from advreg.config import NormType
+from advreg.geometry import l2_norm, project, sample_unit_ball, steepest_direction
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+# One rounding of a result, relative to it.
+ROUNDING = {"float16": 1e-3, "bfloat16": 8e-3, "float32": 1e-6, "float64": 1e-14}
+
+# Processors may flush subnormal numbers to zero.
+finite = st.floats(-1e3, 1e3, width=32, allow_subnormal=False)
+matrices = hnp.arrays(
+    "float32", hnp.array_shapes(min_dims=2, max_dims=2, max_side=8), elements=finite
+)
+radii = st.floats(0, 100, width=32, allow_subnormal=False)
+all_norms = st.sampled_from(NORMS)
+
+
+def run(function, *args):
+    return function(*args).numpy().astype("float64")
+
+
+@given(matrices, all_norms)
+def test_steepest_direction_is_the_oracle_s(gradient, norm):
+    direction = run(steepest_direction, tf.constant(gradient), NormType(norm))
+    expected = steepest_in_numpy(gradient.astype("float64"), norm)
+    np.testing.assert_allclose(direction, expected, atol=1e-6)
+
+
+@given(matrices, all_norms, st.integers(0, 2**32 - 1))
+def test_no_point_of_the_ball_is_steeper(gradient, norm, seed):
+    direction = run(steepest_direction, tf.constant(gradient), NormType(norm))
+    others = np.random.default_rng(seed).normal(size=(50, *gradient.shape))
+    others = np.stack([o / norms(o, norm)[:, None] for o in others])
+    slope = (direction * gradient).sum(1)
+    best = (others * gradient).sum(2).max(0)
+    assert (slope >= best - 1e-5 * np.abs(gradient).sum(1)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("scale", [1e-7, 1.0, 1e4])
+def test_steepest_direction_does_not_know_scale(dtype, norm, scale):
+    gradient = tf.cast([[3.0, -4.0, 0.0], [0.0, 0.0, 0.0]], dtype)
+    scaled = gradient * tf.cast(scale, dtype)
+    direction = steepest_direction(scaled, NormType(norm))
+    assert direction.dtype == gradient.dtype
+    # Float16 holds 3e-7 with one digit: what was received is what counts.
+    expected = steepest_in_numpy(scaled.numpy().astype("float64"), norm)
+    got = direction.numpy().astype("float64")
+    np.testing.assert_allclose(got, expected, atol=ROUNDING[dtype])
+    assert not got[1].any()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("scale", [1e-44, 1e-40, 1e-30, 1e30])
+def test_squares_neither_underflow_nor_overflow(norm, scale):
+    gradient = tf.constant([[3.0, -4.0]], tf.float64) * scale
+    for dtype in ("float32", "float64"):
+        direction = run(steepest_direction, tf.cast(gradient, dtype), NormType(norm))
+        assert np.isfinite(direction).all()
+        # Numbers below the smallest normal one count as zero.
+        if scale >= 1e-30 or dtype == "float64":
+            expected = steepest_in_numpy(np.array([[3.0, -4.0]]), norm)
+            np.testing.assert_allclose(direction, expected, rtol=1e-6)
+
+
+def test_ties_of_l1_are_shared():
+    direction = steepest_direction(tf.constant([[2.0, -2.0, 1.0, 2.0]]), NormType.L1)
+    np.testing.assert_allclose(direction, [[1 / 3, -1 / 3, 0, 1 / 3]])
+
+
+@given(matrices, radii, all_norms)
+def test_projection_is_the_oracle_s(displacement, radius, norm):
+    got = run(project, tf.constant(displacement), radius, NormType(norm))
+    expected = project_in_numpy(displacement.astype("float64"), radius, norm)
+    np.testing.assert_allclose(got, expected, atol=1e-5 * (1 + np.abs(expected).max()))
+
+
+@given(matrices, radii, all_norms)
+def test_projection_lands_in_the_ball_and_stays(displacement, radius, norm):
+    once = project(tf.constant(displacement), radius, NormType(norm))
+    size = norms(once.numpy().astype("float64"), norm)
+    assert (size <= radius * (1 + 1e-6)).all()
+    outside = norms(displacement.astype("float64"), norm) > radius * (1 + 1e-6)
+    np.testing.assert_allclose(size[outside], radius, rtol=1e-5, atol=1e-30)
+    twice = project(once, radius, NormType(norm))
+    np.testing.assert_allclose(twice, once, rtol=1e-5, atol=1e-30)
+
+
+@given(matrices, all_norms)
+def test_what_is_inside_comes_back_unchanged(displacement, norm):
+    radius = norms(displacement.astype("float64"), norm).max() * 1.001
+    got = project(tf.constant(displacement), radius, NormType(norm))
+    np.testing.assert_array_equal(got, displacement)
+
+
+def test_l1_projection_is_not_a_rescaling():
+    got = project(tf.constant([[3.0, 1.0, -0.5]]), 2.0, NormType.L1)
+    np.testing.assert_allclose(got, [[2.0, 0.0, 0.0]])
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_radius_of_zero_leaves_nothing(norm):
+    got = project(tf.constant([[3.0, -1.0], [0.0, 0.0]]), 0.0, NormType(norm))
+    np.testing.assert_array_equal(got, np.zeros((2, 2)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", NORMS)
+def test_projection_keeps_the_float_type(dtype, norm):
+    displacement = np.random.default_rng(0).normal(size=(4, 5000)) * 3
+    got = project(tf.cast(displacement, dtype), 2.0, NormType(norm))
+    assert got.dtype == dtype
+    size = norms(got.numpy().astype("float64"), norm)
+    np.testing.assert_allclose(size, 2.0, rtol=5 * ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("norm", NORMS)
+def test_compiled_with_unknown_batch(norm, jit):
+    rows = np.random.default_rng(0).normal(size=(5, 7)).astype("float32") * 3
+
+    @tf.function(jit_compile=jit, input_signature=[tf.TensorSpec((None, 7))])
+    def compiled(x):
+        return (
+            steepest_direction(x, NormType(norm)),
+            project(x, 1.5, NormType(norm)),
+            l2_norm(x),
+        )
+
+    direction, projected, size = compiled(rows)
+    np.testing.assert_allclose(direction, steepest_in_numpy(rows, norm), atol=1e-6)
+    np.testing.assert_allclose(
+        projected, project_in_numpy(rows.astype("float64"), 1.5, norm), atol=1e-6
+    )
+    np.testing.assert_allclose(size[:, 0], norms(rows, "l2"), rtol=1e-6)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("dimension", [1, 2, 5])
+def test_samples_are_uniform_in_the_ball(norm, dimension):
+    # Uniform in a ball: (‖d‖ / r)^n is uniform on [0, 1], and so is the sign.
+    seed = keras.random.SeedGenerator(1)
+    sample = sample_unit_ball((4000, dimension), NormType(norm), seed).numpy()
+    radius = norms(sample.astype("float64"), norm) ** dimension
+    assert radius.max() <= 1 + 1e-6
+    assert stats.kstest(radius, "uniform").pvalue > 1e-3
+    assert stats.binomtest(int((sample[:, 0] > 0).sum()), 4000).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_samples_are_uniform_in_every_direction(norm):
+    # Against rejection from the cube, coordinate by coordinate.
+    rng = np.random.default_rng(0)
+    cube = rng.uniform(-1, 1, size=(30000, 3))
+    expected = cube[norms(cube, norm) <= 1]
+    seed = keras.random.SeedGenerator(2)
+    sample = sample_unit_ball((4000, 3), NormType(norm), seed).numpy()
+    for column in range(3):
+        test = stats.ks_2samp(sample[:, column], expected[:, column])
+        assert test.pvalue > 1e-3
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_samples_fill_the_ball_of_the_free_coordinates(norm):
+    free = tf.constant([[True, False, True, False]])
+    seed = keras.random.SeedGenerator(3)
+    sample = sample_unit_ball((4000, 4), NormType(norm), seed, free).numpy()
+    assert not sample[:, [1, 3]].any()
+    radius = norms(sample.astype("float64"), norm) ** 2
+    assert stats.kstest(radius, "uniform").pvalue > 1e-3
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_samples_with_nothing_free_are_zero(norm):
+    seed = keras.random.SeedGenerator(3)
+    free = tf.zeros((1, 3), tf.bool)
+    sample = sample_unit_ball((5, 3), NormType(norm), seed, free, "float64")
+    assert sample.dtype == tf.float64
+    np.testing.assert_array_equal(sample, np.zeros((5, 3)))

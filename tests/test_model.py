@@ -1,0 +1,1099 @@
+import random
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers, ops
+from oracle import NORMS, LinearRegression, attack, norms
+
+from advreg import AdversarialRegularization, AdvRegConfig, make_adv_reg_config
+
+LINEAR = LinearRegression([1.0, -2.0, 0.5, 0.25], 0.1)
+LEARNING_RATE = 0.1
+
+
+def rows(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype("float32")
+
+
+def linear_base(names=("x",)):
+    """The linear model, its four inputs shared out over inputs of these names."""
+    width = 4 // len(names)
+    inputs = {name: keras.Input((width,), name=name) for name in names}
+    flat = list(inputs.values())
+    hidden = flat[0] if len(flat) == 1 else layers.Concatenate()(flat)
+    output = layers.Dense(1)(hidden)
+    base = keras.Model(inputs if len(flat) > 1 else flat[0], output)
+    base.set_weights([LINEAR.w[:, None], np.array([LINEAR.b])])
+    return base
+
+
+def classifier(**kwargs):
+    return keras.Sequential(
+        [
+            keras.Input((6,)),
+            layers.Dense(8, activation="relu"),
+            layers.Dense(3),
+        ],
+        **kwargs,
+    )
+
+
+def labelled(batch=12, width=6, classes=3):
+    labels = np.random.default_rng(1).integers(0, classes, batch)
+    return rows(batch, width), labels
+
+
+def cross_entropy():
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def regularized(base, config=None, loss=None, optimizer="sgd", **kwargs):
+    model = AdversarialRegularization(base, config)
+    model.compile(optimizer, cross_entropy() if loss is None else loss, **kwargs)
+    return model
+
+
+def linear_step(x, y, weights, norm, iterations, multiplier=0.4):
+    """One SGD step on the linear model in closed form, with its losses."""
+    x_adv = attack(
+        x.astype("float64"),
+        lambda x: LINEAR.input_gradient(x, y, weights),
+        norm,
+        0.2,
+        iterations,
+        None if iterations == 1 else 0.35,
+    )
+    clean = LINEAR.weight_gradient(x.astype("float64"), y, weights)
+    adversarial = LINEAR.weight_gradient(x_adv, y, weights)
+    kernel, bias = (
+        value - LEARNING_RATE * (c + multiplier * a)
+        for value, c, a in zip((LINEAR.w, LINEAR.b), clean, adversarial, strict=True)
+    )
+    labeled_loss = LINEAR.loss(x, y, weights)
+    adversarial_loss = multiplier * LINEAR.loss(x_adv, y, weights)
+    logs = {
+        "loss": labeled_loss + adversarial_loss,
+        "labeled_loss": labeled_loss,
+        "scaled_adversarial_loss": adversarial_loss,
+    }
+    return x_adv, kernel, bias, logs
+
+
+def linear_config(norm, iterations):
+    return make_adv_reg_config(
+        multiplier=0.4,
+        adv_step_size=0.2,
+        adv_grad_norm=norm,
+        pgd_iterations=iterations,
+        pgd_epsilon=None if iterations == 1 else 0.35,
+    )
+
+
+# --- One training step against its closed form
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("iterations", [1, 4])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_step_equals_its_closed_form(norm, iterations, weighted, mode):
+    x, y = rows(7, 4), rows(7, seed=1)
+    weights = np.abs(rows(7, seed=2)) if weighted else np.ones(7)
+    x_adv, kernel, bias, logs = linear_step(x, y, weights, norm, iterations)
+    base = linear_base()
+    model = regularized(
+        base,
+        linear_config(norm, iterations),
+        "mse",
+        keras.optimizers.SGD(LEARNING_RATE),
+        metrics=["mae"],
+        **mode,
+    )
+    sample_weight = weights if weighted else None
+    np.testing.assert_allclose(
+        model.perturb_on_batch(x, y, sample_weight), x_adv, atol=1e-6
+    )
+    history = model.fit(x, y, sample_weight=sample_weight, batch_size=7, verbose=0)
+    got_kernel, got_bias = base.get_weights()
+    np.testing.assert_allclose(got_kernel[:, 0], kernel, rtol=2e-6, atol=1e-6)
+    np.testing.assert_allclose(got_bias[0], bias, rtol=2e-6, atol=1e-6)
+    for name, value in logs.items():
+        np.testing.assert_allclose(history.history[name], [value], rtol=2e-6)
+    # Metrics are those of the clean predictions before the step.
+    mae = np.abs(x @ LINEAR.w + LINEAR.b - y).mean()
+    np.testing.assert_allclose(history.history["mae"], [mae], rtol=2e-6)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("names", [("a", "b"), ("b", "a"), ("d", "c", "b", "a")])
+@pytest.mark.parametrize("iterations", [1, 4])
+def test_several_inputs_share_one_norm(norm, names, iterations):
+    x, y = rows(5, 4), rows(5, seed=1)
+    x_adv, kernel, bias, _ = linear_step(x, y, np.ones(5), norm, iterations)
+    width = 4 // len(names)
+    parts = {n: x[:, i * width : (i + 1) * width] for i, n in enumerate(names)}
+    base = linear_base(names)
+    sgd = keras.optimizers.SGD(LEARNING_RATE)
+    model = regularized(base, linear_config(norm, iterations), "mse", sgd)
+    perturbed = model.perturb_on_batch({**parts, "label": y})
+    joined = np.concatenate([perturbed[n] for n in names], axis=1)
+    np.testing.assert_allclose(joined, x_adv, atol=1e-6)
+    model.fit({**parts, "label": y}, batch_size=5, verbose=0)
+    got_kernel, got_bias = base.get_weights()
+    np.testing.assert_allclose(got_kernel[:, 0], kernel, rtol=2e-6, atol=1e-6)
+    np.testing.assert_allclose(got_bias[0], bias, rtol=2e-6, atol=1e-6)
+
+
+def test_logs_are_averages_over_examples_not_batches():
+    x, y = rows(7, 4), rows(7, seed=1)
+    frozen = keras.optimizers.SGD(0.0)
+    model = regularized(linear_base(), linear_config("l2", 1), "mse", frozen)
+    whole = model.fit(x, y, batch_size=7, verbose=0).history
+    parts = model.fit(x, y, batch_size=3, verbose=0).history
+    for name in whole:
+        np.testing.assert_allclose(parts[name], whole[name], rtol=1e-5)
+
+
+# --- Against nested tapes, with all that makes training stateful
+
+
+def stateful_base():
+    return keras.Sequential(
+        [
+            keras.Input((6,)),
+            layers.Dense(
+                8,
+                activation="tanh",
+                kernel_regularizer=keras.regularizers.L2(0.1),
+                activity_regularizer=keras.regularizers.L2(0.3),
+            ),
+            layers.BatchNormalization(momentum=0.5),
+            layers.Dense(3),
+        ]
+    )
+
+
+def nested_tape_step(base, x, y, iterations, step, radius, multiplier):
+    """The objective straight from its formula; statistics move in two passes."""
+    loss_fn = cross_entropy()
+    x, norm = tf.constant(x), base.layers[1]
+    with tf.GradientTape() as tape:
+        logits = base(x, training=True)
+        labeled_loss = loss_fn(y, logits)
+        total = labeled_loss + sum(tf.reduce_sum(loss) for loss in base.losses)
+        statistics = [v.numpy() for v in norm.non_trainable_variables]
+        x_adv = x
+        for _ in range(iterations):
+            with tape.stop_recording(), tf.GradientTape() as inner:
+                inner.watch(x_adv)
+                loss = loss_fn(y, base(x_adv, training=True))
+            with tape.stop_recording():
+                x_adv = x_adv + step * tf.sign(inner.gradient(loss, x_adv))
+                x_adv = tf.clip_by_value(x_adv, x - radius, x + radius)
+        for variable, value in zip(
+            norm.non_trainable_variables, statistics, strict=True
+        ):
+            variable.assign(value)
+        adversarial_loss = multiplier * loss_fn(y, base(x_adv, training=True))
+        total = total + adversarial_loss
+    weights = base.trainable_variables
+    for variable, gradient in zip(weights, tape.gradient(total, weights), strict=True):
+        variable.assign_sub(LEARNING_RATE * gradient)
+    return float(total), float(labeled_loss), float(adversarial_loss)
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_a_step_equals_nested_tapes(iterations, mode):
+    # BatchNorm statistics move twice, regularisers and `add_loss` count once, and the
+    # attack follows the labelled loss alone.
+    x, y = labelled()
+    base = stateful_base()
+    reference = keras.models.clone_model(base)
+    reference.set_weights(base.get_weights())
+    config = make_adv_reg_config(
+        multiplier=0.5,
+        adv_step_size=0.2,
+        adv_grad_norm="linf",
+        pgd_iterations=iterations,
+        pgd_epsilon=0.3,
+    )
+    sgd = keras.optimizers.SGD(LEARNING_RATE)
+    model = regularized(base, config, optimizer=sgd, **mode)
+    for _ in range(2):
+        logs = model.train_on_batch(x, y, return_dict=True)
+        expected = nested_tape_step(reference, x, y, iterations, 0.2, 0.3, 0.5)
+    got = [logs[n] for n in ("loss", "labeled_loss", "scaled_adversarial_loss")]
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    for a, b in zip(base.get_weights(), reference.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_embedding_gradients_of_both_passes_count():
+    class Base(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.embed = layers.Embedding(5, 2)
+            self.dense = layers.Dense(3)
+
+        def call(self, inputs):
+            embedded = self.embed(inputs["token"])
+            return self.dense(ops.concatenate([embedded, inputs["x"]], axis=-1))
+
+    x = {"token": np.array([0, 1, 1, 4]), "x": rows(4, 2)}
+    y = np.array([0, 1, 2, 1])
+    steps = []
+    for multiplier in (0.0, 1.0):
+        keras.utils.set_random_seed(0)
+        base = Base()
+        base(x)
+        before = base.embed.get_weights()[0]
+        config = make_adv_reg_config(multiplier=multiplier, adv_step_size=0.0)
+        regularized(base, config).train_on_batch(x, y)
+        steps.append(base.embed.get_weights()[0] - before)
+    # A step of size zero makes the adversarial loss the clean one.
+    np.testing.assert_allclose(steps[1], 2 * steps[0], rtol=1e-4, atol=1e-7)
+    assert np.abs(steps[0]).sum() > 0
+
+
+# --- A multiplier of zero
+
+
+def busy_base():
+    return keras.Sequential(
+        [
+            keras.Input((6,)),
+            layers.Dense(8, activation="relu", kernel_regularizer="l2"),
+            layers.BatchNormalization(),
+            layers.Dropout(0.5),
+            layers.Dense(3),
+        ]
+    )
+
+
+def train(wrap, **kwargs):
+    keras.utils.set_random_seed(3)
+    base = busy_base()
+    model = wrap(base)
+    model.compile("adam", cross_entropy(), metrics=["accuracy"], **kwargs)
+    x, y = labelled(50)
+    history = model.fit(
+        x, y, batch_size=8, epochs=3, validation_split=0.2, verbose=0
+    ).history
+    return base.get_weights(), history
+
+
+def test_at_zero_training_is_bit_for_bit_that_of_keras(mode):
+    plain, plain_history = train(lambda base: base, **mode)
+    config = make_adv_reg_config(multiplier=0)
+    wrapped, history = train(
+        lambda base: AdversarialRegularization(base, config), **mode
+    )
+    for a, b in zip(plain, wrapped, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert history.pop("scaled_adversarial_loss") == [0.0, 0.0, 0.0]
+    assert len(history.pop("labeled_loss")) == 3
+    assert history == plain_history
+
+
+def test_at_zero_there_is_no_adversarial_pass():
+    passes = []
+
+    class Counting(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(3)
+
+        def call(self, x):
+            passes.append(tuple(x.shape))
+            return self.dense(x)
+
+    x, y = labelled()
+    for multiplier, expected in [(0.0, 1), (0.2, 2)]:
+        model = regularized(
+            Counting(), make_adv_reg_config(multiplier), run_eagerly=True
+        )
+        model.train_on_batch(x, y)
+        passes.clear()
+        model.train_on_batch(x, y)
+        assert len(passes) == expected
+
+
+@pytest.mark.parametrize(
+    ("iterations", "random_init", "expected"),
+    [(1, False, 2), (1, True, 3), (5, False, 6)],
+)
+def test_forward_passes_of_a_step(iterations, random_init, expected):
+    passes = []
+
+    class Counting(keras.layers.Layer):
+        def call(self, x):
+            passes.append(1)
+            return x
+
+    base = keras.Sequential([keras.Input((6,)), Counting(), layers.Dense(3)])
+    config = make_adv_reg_config(pgd_iterations=iterations, random_init=random_init)
+    model = regularized(base, config, run_eagerly=True)
+    x, y = labelled()
+    passes.clear()
+    model.train_on_batch(x, y)
+    assert len(passes) == expected
+    passes.clear()
+    model.evaluate(x, y, verbose=0)
+    model.predict(x, verbose=0)
+    assert len(passes) == 2
+
+
+# --- Every form of data
+
+
+def batches(x, y, size=4):
+    while True:
+        for start in range(0, len(y), size):
+            yield x[start : start + size], y[start : start + size]
+
+
+FORMS = {
+    "arrays": lambda x, y: ((x, y), {}),
+    "tensors": lambda x, y: ((tf.constant(x), tf.constant(y)), {}),
+    "dictionary": lambda x, y: (({"x": x, "label": y},), {}),
+    "tf.data of tuples": lambda x, y: (
+        (tf.data.Dataset.from_tensor_slices((x, y)).batch(4),),
+        {},
+    ),
+    "tf.data of dictionaries": lambda x, y: (
+        (tf.data.Dataset.from_tensor_slices({"x": x, "label": y}).batch(4),),
+        {},
+    ),
+    "tf.data of features in a dictionary": lambda x, y: (
+        (tf.data.Dataset.from_tensor_slices(({"x": x}, y)).batch(4),),
+        {},
+    ),
+    "generator of tuples": lambda x, y: ((batches(x, y),), {"steps_per_epoch": 3}),
+    "generator of dictionaries": lambda x, y: (
+        ((({"x": a, "label": b},) for a, b in batches(x, y)),),
+        {"steps_per_epoch": 3},
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("named", [False, True])
+def test_every_form_of_data_trains_alike(form, named):
+    def base():
+        inputs = keras.Input((6,), name="x" if named else None)
+        return keras.Model(inputs, layers.Dense(3)(inputs))
+
+    x, y = labelled()
+    keras.utils.set_random_seed(0)
+    expected = regularized(base())
+    history = expected.fit(
+        x, y, batch_size=4, shuffle=False, verbose=0, validation_data=(x, y)
+    ).history
+
+    keras.utils.set_random_seed(0)
+    model = regularized(base())
+    data, arguments = FORMS[form](x, y)
+    validation = FORMS[form](x, y)[0]
+    if "generator" in form:
+        arguments["validation_steps"] = 3
+    elif "data" not in form:
+        arguments["batch_size"] = 4
+    got = model.fit(
+        *data,
+        shuffle=False,
+        verbose=0,
+        validation_data=validation if len(validation) > 1 else validation[0],
+        **arguments,
+    ).history
+    for name, values in history.items():
+        np.testing.assert_allclose(got[name], values, rtol=1e-6)
+    for a, b in zip(expected.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+    # Predictions need no labels in either form.
+    clean = model.predict(x, verbose=0)
+    for inputs in (x, {"x": x}, {"x": x, "label": y}):
+        np.testing.assert_allclose(model.predict(inputs, verbose=0), clean, rtol=1e-5)
+        np.testing.assert_allclose(model(inputs), clean, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["argument", "tuple", "key"])
+def test_sample_weights_come_three_ways(form):
+    x, y = labelled()
+    weights = np.linspace(0, 1, 12).astype("float32")
+    keras.utils.set_random_seed(0)
+    expected = regularized(classifier())
+    expected.fit(x, y, sample_weight=weights, batch_size=12, verbose=0)
+
+    keras.utils.set_random_seed(0)
+    model = AdversarialRegularization(classifier(), sample_weight_key="weight")
+    model.compile("sgd", cross_entropy())
+    if form == "argument":
+        model.fit({"x": x}, y, sample_weight=weights, batch_size=12, verbose=0)
+    elif form == "tuple":
+        data = tf.data.Dataset.from_tensors((x, y, weights))
+        model.fit(data, shuffle=False, verbose=0)
+    else:
+        data = {"x": x, "label": y, "weight": weights}
+        model.fit(data, batch_size=12, verbose=0)
+    for a, b in zip(expected.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+class Subclassed(keras.Model):
+    """Takes any structure of float inputs and says what it received."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = layers.Dense(3)
+        self.received = None
+
+    def call(self, inputs, training=False):
+        self.received = keras.tree.map_structure(lambda leaf: 0, inputs)
+        leaves = keras.tree.flatten(inputs)
+        return self.dense(ops.concatenate(leaves, axis=-1))
+
+
+X, Y = labelled()
+LEFT, RIGHT = X[:, :2], X[:, 2:]
+STRUCTURES = {
+    "tensor": X,
+    "list": [LEFT, RIGHT],
+    "tuple": (LEFT, RIGHT),
+    "dict": {"a": LEFT, "b": RIGHT},
+    "nested": {"a": [LEFT, {"c": RIGHT}]},
+}
+
+
+STRUCTURED_INPUTS = {
+    "tensor": lambda: keras.Input((6,)),
+    "list": lambda: [keras.Input((2,)), keras.Input((4,))],
+    "tuple": lambda: (keras.Input((2,)), keras.Input((4,))),
+    "dict": lambda: {
+        "a": keras.Input((2,), name="a"),
+        "b": keras.Input((4,), name="b"),
+    },
+    "nested": lambda: {"a": [keras.Input((2,)), {"c": keras.Input((4,), name="c")}]},
+}
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("kind", ["subclassed", "functional"])
+def test_every_structure_of_inputs(structure, kind):
+    x = STRUCTURES[structure]
+    if kind == "subclassed":
+        base = Subclassed()
+    else:
+        inputs = STRUCTURED_INPUTS[structure]()
+        leaves = keras.tree.flatten(inputs)
+        hidden = leaves[0] if len(leaves) == 1 else layers.Concatenate()(leaves)
+        base = keras.Model(inputs, layers.Dense(3)(hidden))
+    config = make_adv_reg_config(adv_step_size=0.1, adv_grad_norm="l2")
+    model = regularized(base, config, metrics=["accuracy"])
+    model.fit(x, Y, verbose=0, validation_data=(x, Y))
+    perturbed = model.perturb_on_batch(x, Y)
+    keras.tree.assert_same_structure(perturbed, x)
+    moved = np.concatenate(keras.tree.flatten(perturbed), axis=1) - X
+    np.testing.assert_allclose(norms(moved, "l2"), 0.1, rtol=1e-5)
+    assert model.predict(x, verbose=0).shape == (12, 3)
+
+
+def test_unbuilt_sequential_bases_are_built_by_the_data():
+    base = keras.Sequential([layers.Dense(4), layers.Dense(3)])
+    model = regularized(base)
+    model.fit({"image": X, "label": Y}, verbose=0)
+    assert base.built
+    assert model.built
+
+
+def test_perturbing_builds_what_is_not_built():
+    model = regularized(keras.Sequential([layers.Dense(3)]))
+    assert model.perturb_on_batch(X, Y).shape == X.shape
+
+
+def test_several_label_keys_give_a_list_in_their_order():
+    inputs = keras.Input((6,), name="x")
+    base = keras.Model(inputs, [layers.Dense(3)(inputs), layers.Dense(2)(inputs)])
+    model = AdversarialRegularization(base, label_keys=["second", "first"])
+    model.compile("sgd", [cross_entropy(), "mse"])
+    target = rows(12, 2)
+    by_key = model.evaluate({"x": X, "first": target, "second": Y}, verbose=0)
+    assert by_key == model.evaluate(X, [Y, target], verbose=0)
+
+
+def test_keys_that_the_base_declares_are_features():
+    inputs = {
+        "x": keras.Input((4,), name="x"),
+        "label": keras.Input((2,), name="label"),
+    }
+    hidden = layers.Concatenate()([inputs["x"], inputs["label"]])
+    base = keras.Model(inputs, layers.Dense(3)(hidden))
+    model = regularized(base, make_adv_reg_config(adv_step_size=0.3))
+    x = {"x": RIGHT, "label": LEFT}
+    model.fit(x, Y, verbose=0)
+    assert not np.allclose(model.perturb_on_batch(x, Y)["label"], LEFT)
+    with pytest.raises(ValueError, match="base_with_labels_in_features"):
+        model.fit(x, verbose=0)
+
+
+def test_keys_beside_labels_are_features_even_of_a_base_that_declares_nothing():
+    base = Subclassed()
+    model = regularized(base, make_adv_reg_config(adv_step_size=0.3))
+    x = {"x": RIGHT, "label": LEFT}
+    model.fit(x, Y, verbose=0)
+    assert base.received == {"x": 0, "label": 0}
+    model.evaluate(x, Y, verbose=0)
+    assert not np.allclose(model.perturb_on_batch(x, Y)["label"], LEFT)
+
+
+def test_labels_in_features_reach_the_base_and_do_not_move():
+    base = Subclassed()
+    model = AdversarialRegularization(
+        base, make_adv_reg_config(adv_step_size=0.3), base_with_labels_in_features=True
+    )
+    model.compile("sgd", "mse")
+    x = {"x": X, "label": rows(12, 3)}
+    model.fit(x, verbose=0)
+    assert base.received == {"x": 0, "label": 0}
+    perturbed = model.perturb_on_batch(x)
+    assert perturbed["label"] is x["label"]
+    assert not np.allclose(perturbed["x"], X)
+
+
+def test_labels_stay_away_from_a_base_that_declares_nothing():
+    base = Subclassed()
+    model = regularized(base)
+    x = {"x": X, "label": Y}
+    model.fit(x, verbose=0)
+    assert base.received == {"x": 0}
+    model.predict(x, verbose=0)
+    model.evaluate(x, verbose=0)
+    model(x)
+    assert base.received == {"x": 0}
+
+
+# --- Outputs, losses and metrics carry the names that Keras gives them
+
+
+def two_outputs(names):
+    inputs = keras.Input((6,))
+    heads = [layers.Dense(3, name="a")(inputs), layers.Dense(2, name="b")(inputs)]
+    return keras.Model(inputs, dict(zip("ab", heads, strict=True)) if names else heads)
+
+
+@pytest.mark.parametrize("names", [False, True])
+def test_several_outputs_are_reported_as_the_plain_model_reports_them(names):
+    target = rows(12, 2)
+    y = {"a": Y, "b": target} if names else [Y, target]
+    losses = {"a": cross_entropy(), "b": "mse"} if names else [cross_entropy(), "mse"]
+    metrics = {"a": ["accuracy"], "b": ["mae"]} if names else [["accuracy"], ["mae"]]
+    results = []
+    for wrap in (lambda base: base, AdversarialRegularization):
+        keras.utils.set_random_seed(0)
+        model = wrap(two_outputs(names))
+        model.compile("sgd", losses, metrics=metrics, loss_weights=_weights(names))
+        history = model.fit(X, y, batch_size=12, verbose=0).history
+        results.append((history, model.evaluate(X, y, verbose=0, return_dict=True)))
+    (plain, _), (history, evaluated) = results
+    extra = {"labeled_loss", "scaled_adversarial_loss"}
+    assert set(history) == set(plain) | extra
+    assert set(evaluated) == set(plain)
+    for name in set(plain) - {"loss"}:
+        # Trackers of the single losses see clean predictions only.
+        np.testing.assert_allclose(history[name], plain[name], rtol=1e-6)
+    np.testing.assert_allclose(history["labeled_loss"], plain["loss"], rtol=1e-6)
+
+
+def _weights(names):
+    return {"a": 1.0, "b": 0.3} if names else [1.0, 0.3]
+
+
+def test_evaluate_and_predict_are_the_base_s():
+    base = stateful_base()
+    base.compile("sgd", cross_entropy(), metrics=["accuracy"])
+    model = regularized(base, metrics=["accuracy"])
+    model.fit(X, Y, verbose=0)
+    assert model.evaluate(X, Y, verbose=0) == base.evaluate(X, Y, verbose=0)
+    np.testing.assert_array_equal(
+        model.predict(X, verbose=0), base.predict(X, verbose=0)
+    )
+    logs = model.evaluate(X, Y, verbose=0, return_dict=True)
+    assert list(logs) == list(base.evaluate(X, Y, verbose=0, return_dict=True))
+
+
+# --- Schedules
+
+
+class Steps(keras.optimizers.schedules.LearningRateSchedule):
+    """Off for the first step, on from the second."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __call__(self, step):
+        return ops.where(step < 1, 0.0, self.value)
+
+    def get_config(self):
+        return {"value": self.value}
+
+
+def test_schedules_follow_the_optimizer_without_retracing():
+    config = make_adv_reg_config(
+        multiplier=Steps(0.5),
+        adv_step_size=Steps(0.3),
+        adv_grad_norm="linf",
+        pgd_epsilon=Steps(0.2),
+    )
+    model = regularized(linear_base(), config, "mse", keras.optimizers.SGD(0.0))
+    x, y = rows(7, 4), rows(7, seed=1)
+    assert not (model.perturb_on_batch(x, y) - x).any()
+    first = model.train_on_batch(x, y, return_dict=True)
+    assert first["scaled_adversarial_loss"] == 0
+    second = model.train_on_batch(x, y, return_dict=True)
+    np.testing.assert_allclose(np.abs(model.perturb_on_batch(x, y) - x), 0.2, rtol=1e-5)
+    x_adv = attack(
+        x, lambda x: LINEAR.input_gradient(x, y, 1.0), "infinity", 0.3, 1, 0.2
+    )
+    np.testing.assert_allclose(
+        second["scaled_adversarial_loss"], 0.5 * LINEAR.loss(x_adv, y, 1.0), rtol=1e-5
+    )
+
+
+# --- perturb_on_batch
+
+
+def state_of(model):
+    own = model._perturbing_seed.state
+    model_state = [v.numpy() for v in model.variables if v is not own]
+    metric_state = [v.numpy() for m in model.metrics for v in m.variables]
+    optimizer_state = [v.numpy() for v in model.optimizer.variables]
+    seeds = [
+        layer.seed_generator.state.numpy()
+        for layer in model._flatten_layers()
+        if hasattr(layer, "seed_generator")
+    ]
+    seeds.append(model._training_seed.state.numpy())
+    return model_state + metric_state + optimizer_state + seeds
+
+
+def test_perturbing_changes_nothing(mode):
+    model = regularized(busy_base(), metrics=["accuracy"], **mode)
+    model.fit(X, Y, verbose=0)
+    before, python, numpy = state_of(model), random.getstate(), np.random.get_state()
+    model.perturb_on_batch(X, Y)
+    model.perturb_on_batch(X, Y, random_init=True, pgd_iterations=3, pgd_epsilon=0.1)
+    for a, b in zip(before, state_of(model), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert python == random.getstate()
+    np.testing.assert_array_equal(numpy[1], np.random.get_state()[1])
+
+
+def test_perturbing_runs_in_inference_mode():
+    class Mode(layers.Layer):
+        def call(self, x, training=False):
+            # In training the gradient points the other way.
+            return -x if training else x
+
+    base = keras.Sequential([keras.Input((4,)), Mode(), layers.Dense(1)])
+    base.layers[1].set_weights([np.ones((4, 1)), np.zeros(1)])
+    config = make_adv_reg_config(adv_step_size=0.1, adv_grad_norm="linf")
+    model = regularized(base, config, "mse")
+    x = np.zeros((2, 4), "float32")
+    np.testing.assert_allclose(model.perturb_on_batch(x, -np.ones(2)), 0.1)
+
+
+def test_overrides_replace_the_config_for_one_call():
+    config = make_adv_reg_config(
+        adv_step_size=0.3, adv_grad_norm="linf", pgd_epsilon=0.1, clip_value_max=0.0
+    )
+    model = regularized(linear_base(), config, "mse")
+    x, y = np.full((3, 4), -0.5, "float32"), rows(3)
+
+    def size(**overrides):
+        return np.abs(model.perturb_on_batch(x, y, **overrides) - x).max()
+
+    assert size() == pytest.approx(0.1)
+    assert size(pgd_epsilon=None) == pytest.approx(0.3)
+    assert size(pgd_epsilon=None, adv_step_size=0.9) == pytest.approx(0.9)
+    assert size(adv_step_size=0.05) == pytest.approx(0.05)
+    up = model.perturb_on_batch(x, y, adv_step_size=2.0, pgd_epsilon=None)
+    assert up.max() == 0.0
+    both = model.perturb_on_batch(
+        x, y, adv_step_size=2.0, pgd_epsilon=None, clip_value_max=None
+    )
+    assert both.max() == pytest.approx(1.5)
+    assert size() == pytest.approx(0.1)
+
+
+def test_a_sweep_compiles_once():
+    traces = []
+
+    class Traced(layers.Layer):
+        def call(self, x):
+            traces.append(1)
+            return x
+
+    base = keras.Sequential([keras.Input((6,)), Traced(), layers.Dense(3)])
+    config = make_adv_reg_config(clip_value_min=-9.0, pgd_epsilon=1.0)
+    model = regularized(base, config)
+    model.perturb_on_batch(X, Y)
+    traces.clear()
+    for value in np.linspace(0.01, 0.5, 5):
+        model.perturb_on_batch(
+            X, Y, adv_step_size=value, pgd_epsilon=value / 2, clip_value_min=-value
+        )
+    assert traces == []
+
+
+def test_recompiling_is_noticed():
+    base = linear_base()
+    model = regularized(base, make_adv_reg_config(adv_step_size=0.1), "mse")
+    x, y = rows(3, 4), rows(3, 1)
+    before = model.perturb_on_batch(x, y)
+    model.compile("sgd", lambda y, y_pred: -ops.square(y - y_pred))
+    after = model.perturb_on_batch(x, y)
+    np.testing.assert_allclose(after - x, x - before, atol=1e-6)
+
+
+def test_what_is_no_feature_comes_back_as_it_went_in():
+    inputs = {
+        "x": keras.Input((6,), name="x"),
+        "id": keras.Input((1,), dtype="int32", name="id"),
+    }
+    hidden = layers.Flatten()(layers.Embedding(9, 2)(inputs["id"]))
+    base = keras.Model(
+        inputs, layers.Dense(3)(layers.Concatenate()([inputs["x"], hidden]))
+    )
+    model = AdversarialRegularization(
+        base, make_adv_reg_config(adv_step_size=0.5), sample_weight_key="w"
+    )
+    model.compile("sgd", cross_entropy())
+    batch = {
+        "id": np.arange(12).reshape(12, 1) % 9,
+        "x": X.astype("float64"),
+        "label": Y,
+        "w": np.ones(12),
+    }
+    got = model.perturb_on_batch(batch)
+    assert list(got) == list(batch)
+    assert got["label"] is batch["label"]
+    assert got["w"] is batch["w"]
+    np.testing.assert_array_equal(got["id"], batch["id"])
+    assert got["id"].dtype == batch["id"].dtype
+    assert got["x"].dtype == np.float64
+    assert not np.allclose(got["x"], X)
+    model.fit(batch, verbose=0)
+
+
+def test_rows_of_weight_zero_are_not_perturbed():
+    weights = np.array([0.0, 1.0] * 6)
+    model = regularized(classifier(), make_adv_reg_config(adv_step_size=0.5))
+    moved = model.perturb_on_batch(X, Y, weights) - X
+    assert not moved[::2].any()
+    np.testing.assert_allclose(norms(moved[1::2], "l2"), 0.5, rtol=1e-5)
+
+
+def test_perturbations_know_no_batch_size_and_no_scale():
+    model = regularized(classifier(), make_adv_reg_config(adv_step_size=0.5))
+    together = model.perturb_on_batch(X, Y)
+    single = [model.perturb_on_batch(X[i : i + 1], Y[i : i + 1]) for i in range(12)]
+    np.testing.assert_allclose(np.concatenate(single), together, atol=1e-5)
+    scaled = model.perturb_on_batch(X, Y, np.full(12, 1e-6))
+    np.testing.assert_allclose(scaled, together, atol=1e-4)
+
+
+def test_random_starts_differ_from_call_to_call_and_repeat_with_the_seed():
+    def three():
+        keras.utils.set_random_seed(5)
+        model = regularized(classifier(), make_adv_reg_config(random_init=True))
+        return [model.perturb_on_batch(X, Y, adv_step_size=0.5) for _ in range(3)]
+
+    first, again = three(), three()
+    for a, b in zip(first, again, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not np.allclose(first[0], first[1])
+
+
+# --- What is not finite
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_inputs_that_are_not_finite_are_neither_spread_nor_hidden(value):
+    x = X.copy()
+    x[3, 2] = value
+    config = make_adv_reg_config(adv_step_size=0.1, clip_value_min=-9, clip_value_max=9)
+    model = regularized(classifier(), config)
+    got, clean = model.perturb_on_batch(x, Y), model.perturb_on_batch(X, Y)
+    others = np.arange(12) != 3
+    np.testing.assert_allclose(got[others], clean[others], atol=1e-6)
+    np.testing.assert_array_equal(got[3, 2], x[3, 2])
+    assert np.isfinite(np.delete(got[3], 2)).all()
+    # No rectifier here, which would hide what is not a number itself.
+    linear = regularized(keras.Sequential([keras.Input((6,)), layers.Dense(3)]), config)
+    assert not np.isfinite(linear.train_on_batch(x, Y)).any()
+
+
+# --- Precision
+
+
+def test_float64_models_stay_float64():
+    base = keras.Sequential([keras.Input((4,), dtype="float64")])
+    base.add(layers.Dense(1, dtype="float64"))
+    base.layers[0].set_weights([LINEAR.w[:, None], np.array([LINEAR.b])])
+    model = AdversarialRegularization(base, linear_config("l2", 4), dtype="float64")
+    model.compile("sgd", "mse")
+    x, y = rows(7, 4).astype("float64"), rows(7, seed=1).astype("float64")
+    x_adv, *_ = linear_step(x, y, np.ones(7), "l2", 4)
+    # Keras computes losses in float32 unless it is told otherwise: directions of a
+    # linear model do not notice.
+    np.testing.assert_allclose(model.perturb_on_batch(x, y), x_adv, atol=1e-6)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_mixed_precision(policy):
+    keras.config.set_dtype_policy(policy)
+    try:
+        base = busy_base()
+    finally:
+        keras.config.set_dtype_policy("float32")
+    config = make_adv_reg_config(
+        adv_step_size=0.1, adv_grad_norm="l2", pgd_iterations=2, pgd_epsilon=0.15
+    )
+    model = regularized(base, config, optimizer="adam")
+    assert model.dtype_policy.name == policy
+    is_scaled = isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+    assert is_scaled == (policy == "mixed_float16")
+    history = model.fit(X, Y, epochs=5, verbose=0).history
+    assert np.isfinite(history["loss"]).all()
+    assert all(np.isfinite(w).all() for w in model.get_weights())
+    moved = model.perturb_on_batch(X, Y) - X
+    assert moved.dtype == np.float32
+    size = norms(moved, "l2")
+    assert (size <= 0.15 + 1e-6).all()
+    assert size.max() > 0.1
+
+
+# --- Saving
+
+
+def test_saved_and_loaded_it_trains_on_as_if_nothing_had_happened(tmp_path):
+    config = make_adv_reg_config(
+        multiplier=keras.optimizers.schedules.ExponentialDecay(0.5, 10, 0.9),
+        adv_step_size=0.2,
+        random_init=True,
+        feature_mask=np.array([1, 1, 0, 1, 0.5, 1]),
+    )
+    model = AdversarialRegularization(
+        classifier(), config, label_keys=["y"], sample_weight_key="w", name="robust"
+    )
+    model.compile("adam", cross_entropy(), metrics=["accuracy"])
+    model.fit(X, Y, batch_size=6, shuffle=False, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert type(loaded) is AdversarialRegularization
+    assert loaded.adv_config == config
+    assert loaded.label_keys == ("y",)
+    assert loaded.sample_weight_key == "w"
+    assert loaded.name == "robust"
+    logs = [
+        m.fit(X, Y, batch_size=6, shuffle=False, epochs=2, verbose=0).history
+        for m in (model, loaded)
+    ]
+    assert logs[0] == logs[1]
+    for a, b in zip(model.get_weights(), loaded.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_weights_alone_carry_the_random_state(tmp_path):
+    def make():
+        keras.utils.set_random_seed(int(np.random.default_rng().integers(1000)))
+        return regularized(classifier(), make_adv_reg_config(random_init=True))
+
+    model, other = make(), make()
+    model.fit(X, Y, verbose=0)
+    model.save_weights(tmp_path / "model.weights.h5")
+    other.load_weights(tmp_path / "model.weights.h5")
+    np.testing.assert_array_equal(
+        model._training_seed.state, other._training_seed.state
+    )
+
+
+def test_the_base_saves_without_advreg(tmp_path):
+    model = regularized(classifier())
+    model.fit(X, Y, verbose=0)
+    model.base_model.save(tmp_path / "base.keras")
+    code = (
+        "import sys, keras, numpy as np\n"
+        f"model = keras.models.load_model({str(tmp_path / 'base.keras')!r})\n"
+        "assert 'advreg' not in sys.modules\n"
+        f"np.save({str(tmp_path / 'out.npy')!r}, model(np.ones((2, 6))))\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    np.testing.assert_allclose(
+        np.load(tmp_path / "out.npy"), model(np.ones((2, 6))), rtol=1e-6
+    )
+
+
+# --- Errors
+
+
+def test_bases_that_are_no_keras_model():
+    with pytest.raises(TypeError, match=r"`base_model` must be a Keras 3 model.*Dense"):
+        AdversarialRegularization(layers.Dense(3))
+    legacy = type("Model", (), {"__module__": "tf_keras.src.engine.training"})
+    with pytest.raises(
+        TypeError, match=r"`tf_keras` model is of Keras 2.*import keras"
+    ):
+        AdversarialRegularization(legacy())
+    with pytest.raises(ValueError, match="regularised already"):
+        AdversarialRegularization(AdversarialRegularization(classifier()))
+
+
+def test_a_base_with_a_step_of_its_own_is_warned_about():
+    class Own(keras.Sequential):
+        def train_step(self, data):
+            raise NotImplementedError
+
+    with pytest.warns(UserWarning, match="Own overrides `train_step`"):
+        AdversarialRegularization(Own([layers.Dense(3)]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"adv_config": {"multiplier": 0.1}}, "adv_config.*AdvRegConfig.*multiplier"),
+        ({"label_keys": "label"}, "label_keys.*'label'"),
+        ({"label_keys": [1]}, r"label_keys.*\[1\]"),
+        ({"sample_weight_key": 3}, "sample_weight_key.*3"),
+    ],
+)
+def test_arguments_of_the_wrong_type(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        AdversarialRegularization(classifier(), **arguments)
+
+
+def test_models_that_are_not_compiled():
+    model = AdversarialRegularization(classifier())
+    with pytest.raises(ValueError, match=r"compile\(\)"):
+        model.fit(X, Y)
+    with pytest.raises(ValueError, match=r"`perturb_on_batch` follows.*not compiled"):
+        model.perturb_on_batch(X, Y)
+    model.compile("sgd")
+    for call in (model.train_on_batch, model.test_on_batch, model.perturb_on_batch):
+        with pytest.raises(ValueError, match=r"needs a `loss`.*loss=None"):
+            call(X, Y)
+
+
+def test_missing_labels(mode):
+    model = regularized(classifier(), **mode)
+    for x, message in [
+        (X, r"shape=\(12, 6\)"),
+        ({"x": X, "labels": Y}, r"\['x', 'labels'\]"),
+    ]:
+        for call in (model.train_on_batch, model.test_on_batch, model.perturb_on_batch):
+            with pytest.raises(ValueError, match=f"(?s)Labels are missing.*{message}"):
+                call(x)
+    several = AdversarialRegularization(classifier(), label_keys=["a", "b"])
+    several.compile("sgd", cross_entropy(), **mode)
+    with pytest.raises(ValueError, match=r"\('a', 'b'\).*\['x', 'a'\]"):
+        several.fit({"x": X, "a": Y}, verbose=0)
+
+
+def test_sample_weights_given_twice():
+    model = AdversarialRegularization(classifier(), sample_weight_key="w")
+    model.compile("sgd", cross_entropy())
+    with pytest.raises(ValueError, match=r"must come once.*'w'"):
+        model.train_on_batch({"x": X, "w": np.ones(12)}, Y, np.ones(12))
+
+
+def test_inputs_that_cannot_be_perturbed(mode):
+    tokens = keras.Sequential(
+        [keras.Input((4,), dtype="int32"), layers.Embedding(9, 2), layers.Flatten()]
+    )
+    tokens.add(layers.Dense(3))
+    model = regularized(tokens, **mode)
+    x = np.ones((12, 4), "int32")
+    for call in (model.train_on_batch, model.perturb_on_batch):
+        with pytest.raises(
+            ValueError, match=r"Nothing can be perturbed.*float32.*int32"
+        ):
+            call(x, Y)
+    # Without an adversarial pass there is nothing to perturb.
+    off = regularized(tokens, make_adv_reg_config(0.0), **mode)
+    assert np.isfinite(off.train_on_batch(x, Y)).all()
+
+
+def test_gradients_that_do_not_reach_the_input(mode):
+    class Step(layers.Layer):
+        def call(self, x):
+            return ops.stop_gradient(x)
+
+    base = keras.Sequential([keras.Input((6,)), Step(), layers.Dense(3)])
+    with pytest.raises(ValueError, match="Nothing can be perturbed"):
+        regularized(base, **mode).train_on_batch(X, Y)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("feature_mask", {"y": 1.0}, r"keys \['y'\]"),
+        ("feature_mask", np.ones(5), r"\(5,\)"),
+        ("clip_value_min", [0.0, 1.0], "list"),
+        ("clip_value_max", {"x": np.ones((7, 6))}, r"\(7, 6\)"),
+    ],
+)
+def test_constraints_that_do_not_fit(field, value, message, mode):
+    config = make_adv_reg_config(**{field: value})
+    model = regularized(classifier(), config, **mode)
+    before = [w.copy() for w in model.get_weights()]
+    with pytest.raises(ValueError, match=f"(?s)`{field}.*{message}"):
+        model.fit({"x": X, "label": Y}, verbose=0)
+    for a, b in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    fitting = regularized(model.base_model)
+    with pytest.raises(ValueError, match=f"(?s)`{field}.*{message}"):
+        fitting.perturb_on_batch({"x": X, "label": Y}, **{field: value})
+
+
+def test_unknown_and_wrong_overrides():
+    model = regularized(classifier())
+    with pytest.raises(TypeError, match=r"(?s)fields of.*pgd_epsilon.*\['epsilon'\]"):
+        model.perturb_on_batch(X, Y, epsilon=0.1)
+    with pytest.raises(ValueError, match=r"adv_step_size.*-1"):
+        model.perturb_on_batch(X, Y, adv_step_size=-1)
+
+
+# --- Memory
+
+MEMORY = """
+import resource, sys
+import keras, numpy as np, advreg
+layers = keras.layers
+base = keras.Sequential([
+    keras.Input((28, 28, 1)), layers.Conv2D(32, 3, activation="relu"),
+    layers.Conv2D(32, 3, activation="relu"), layers.Flatten(), layers.Dense(10)])
+config = advreg.make_adv_reg_config(
+    adv_step_size=0.1, pgd_epsilon=0.2, pgd_iterations=int(sys.argv[1]))
+model = advreg.AdversarialRegularization(base, config)
+model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+x, y = np.ones((128, 28, 28, 1), "float32"), np.zeros(128)
+for _ in range(3):
+    model.train_on_batch(x, y)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_iterations():
+    def peak(iterations):
+        command = [sys.executable, "-c", MEMORY, str(iterations)]
+        return float(subprocess.run(command, check=True, capture_output=True).stdout)
+
+    # One pass keeps some 22 MB of activations: forty of them would be 880 MB.
+    assert peak(40) < peak(1) + 60
+
+
+def test_default_config():
+    assert AdversarialRegularization(classifier()).adv_config == AdvRegConfig()

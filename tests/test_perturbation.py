@@ -1,0 +1,567 @@
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import NORMS, LinearRegression, attack, norms
+
+from advreg import (
+    AdvNeighborConfig,
+    adversarial_loss,
+    gen_adv_neighbor,
+    make_adv_reg_config,
+)
+from advreg.perturbation import Settings, input_gradients, perturb
+
+RNG = np.random.default_rng(0)
+LINEAR = LinearRegression([1.0, -2.0, 0.5, 0.0], 0.1)
+
+
+def linear_model(dtype="float32"):
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1, dtype=dtype)])
+    model.layers[0].set_weights([LINEAR.w[:, None], np.array([LINEAR.b])])
+    return model
+
+
+def follow(x, slope, config, seed=None):
+    """Perturbs `x` under a loss whose gradient is `slope` everywhere."""
+    x = tf.convert_to_tensor(x)
+    slope = tf.cast(tf.broadcast_to(slope, x.shape), x.dtype)
+    x_adv = perturb(x, [slope], lambda _: [slope], Settings.of(config), seed)
+    assert x_adv.dtype == x.dtype
+    assert x_adv.shape == x.shape
+    return x_adv.numpy().astype("float64") - x.numpy().astype("float64")
+
+
+# --- Invariants
+
+
+@given(
+    norm=st.sampled_from(NORMS),
+    dtype=st.sampled_from(["float16", "float32", "float64"]),
+    batch=st.integers(1, 3),
+    values=st.integers(1, 6),
+    iterations=st.integers(1, 4),
+    step=st.floats(0.0, 2.0, allow_subnormal=False),
+    radius=st.floats(0.0, 2.0, allow_subnormal=False),
+    random_init=st.booleans(),
+    low=st.floats(-1.0, 0.0, allow_subnormal=False),
+    high=st.floats(0.0, 1.0, allow_subnormal=False),
+    mask=st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=6, max_size=6),
+    seed=st.integers(0, 10**6),
+)
+def test_stays_in_the_ball_and_the_range_and_behind_the_mask(
+    norm,
+    dtype,
+    batch,
+    values,
+    iterations,
+    step,
+    radius,
+    random_init,
+    low,
+    high,
+    mask,
+    seed,
+):
+    rng = np.random.default_rng(seed)
+    x = rng.uniform(low, high, (batch, values)).astype(dtype)
+    slope = rng.normal(size=(batch, values)) * rng.integers(0, 2, (batch, 1))
+    mask = np.array(mask[:values])
+    config = AdvNeighborConfig(
+        feature_mask=mask,
+        adv_step_size=step,
+        adv_grad_norm=norm,
+        clip_value_min=low,
+        clip_value_max=high,
+        pgd_iterations=iterations,
+        pgd_epsilon=radius,
+        random_init=random_init,
+    )
+    d = follow(x, slope, config, keras.random.SeedGenerator(seed))
+    rounding = np.finfo(dtype).eps * 2
+    assert np.isfinite(d).all()
+    assert (norms(d, norm) <= radius + values * rounding).all()
+    assert (x + d >= low - rounding).all()
+    assert (x + d <= high + rounding).all()
+    assert not d[:, mask == 0].any()
+    if not random_init:
+        assert not d[~slope.any(1)].any()
+
+
+@given(
+    norm=st.sampled_from(NORMS),
+    values=st.integers(1, 6),
+    radius=st.floats(0.01, 2.0),
+    seed=st.integers(0, 10**6),
+)
+def test_no_random_point_of_the_ball_is_worse_for_a_linear_model(
+    norm, values, radius, seed
+):
+    rng = np.random.default_rng(seed)
+    x, slope = rng.normal(size=(2, 1, values))
+    config = AdvNeighborConfig(adv_step_size=radius, adv_grad_norm=norm)
+    d = follow(x, slope, config)
+    points = rng.normal(size=(100, values))
+    points *= radius / norms(points, norm)[:, None]
+    assert (points @ slope[0] <= d @ slope[0] + 1e-12).all()
+
+
+# --- Against the oracle
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("iterations", [1, 2, 7])
+@pytest.mark.parametrize("radius", [None, 0.35])
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("compile", ["eager", "function", "jit"])
+def test_equals_the_oracle(norm, iterations, radius, clip, compile):
+    # The loss is the squared distance from a point: its gradient changes on the way.
+    x = RNG.uniform(-1, 1, (5, 4))
+    center = RNG.uniform(-1, 1, (5, 4))
+    low, high = (-0.8, 0.9) if clip else (None, None)
+    settings = Settings.of(
+        AdvNeighborConfig(
+            adv_step_size=0.2,
+            adv_grad_norm=norm,
+            pgd_iterations=iterations,
+            pgd_epsilon=radius,
+            clip_value_min=low,
+            clip_value_max=high,
+        )
+    )
+
+    def loss(x):
+        return tf.reduce_sum((x - center) ** 2)
+
+    def run(x):
+        def gradient_at(x):
+            return input_gradients(loss, x, [True])
+
+        return perturb(x, gradient_at(x), gradient_at, settings)
+
+    if compile != "eager":
+        run = tf.function(run, jit_compile=compile == "jit")
+    expected = attack(
+        x, lambda x: 2 * (x - center), norm, 0.2, iterations, radius, low, high
+    )
+    np.testing.assert_allclose(run(tf.constant(x)), expected, atol=1e-12)
+
+
+# --- Structures, masks and ranges
+
+
+FEATURES = {
+    "image": RNG.normal(size=(3, 2, 2)).astype("float32"),
+    "id": np.array([1, 2, 3]),
+    "more": [RNG.normal(size=(3,)), RNG.normal(size=(3, 1)).astype("float16")],
+}
+
+
+def perturb_structure(config, slopes=None):
+    features = keras.tree.map_structure(tf.convert_to_tensor, FEATURES)
+    leaves = keras.tree.flatten(features)
+    gradients = [
+        tf.ones_like(leaf) if leaf.dtype.is_floating else None for leaf in leaves
+    ]
+    seed = keras.random.SeedGenerator(0)
+    result = perturb(
+        features, gradients, lambda _: gradients, Settings.of(config), seed
+    )
+    keras.tree.assert_same_structure(result, FEATURES)
+    for before, after in zip(leaves, keras.tree.flatten(result), strict=True):
+        assert before.dtype == after.dtype
+    return keras.tree.map_structure(
+        lambda after, before: after.numpy().astype("float64") - before,
+        result,
+        FEATURES,
+    )
+
+
+def test_the_norm_is_joint_over_all_features():
+    d = perturb_structure(AdvNeighborConfig(adv_step_size=1.0, adv_grad_norm="l2"))
+    # Four values of the image and two more: each is 1 / sqrt(6).
+    np.testing.assert_allclose(d["image"], 6**-0.5, rtol=1e-6)
+    np.testing.assert_allclose(d["more"][0], 6**-0.5, rtol=1e-12)
+    np.testing.assert_allclose(d["more"][1], 6**-0.5, atol=2e-3)
+    assert not d["id"].any()
+
+
+def test_a_scalar_holds_for_every_feature():
+    d = perturb_structure(
+        AdvNeighborConfig(adv_step_size=9.0, adv_grad_norm="linf", clip_value_max=1.0)
+    )
+    np.testing.assert_allclose(FEATURES["image"] + d["image"], 1.0)
+    np.testing.assert_allclose(FEATURES["more"][0] + d["more"][0], 1.0)
+    np.testing.assert_allclose(FEATURES["more"][1] + d["more"][1], 1.0)
+
+
+def test_structures_constrain_each_feature():
+    d = perturb_structure(
+        AdvNeighborConfig(
+            adv_step_size=20.0,
+            adv_grad_norm="linf",
+            feature_mask={"image": np.array([[1, 0], [1, 1]]), "more": (None, 0)},
+            clip_value_max={"image": np.array([5.0, 6.0]), "more": [7.0, None]},
+        )
+    )
+    np.testing.assert_allclose(
+        FEATURES["image"] + d["image"],
+        [[[5.0, x[0, 1]], [5.0, 6.0]] for x in FEATURES["image"]],
+        rtol=1e-6,
+    )
+    np.testing.assert_allclose(FEATURES["more"][0] + d["more"][0], 7.0)
+    assert not d["more"][1].any()
+
+
+def test_arrays_may_differ_from_example_to_example():
+    high = np.arange(3.0)[:, None, None] + 5
+    d = perturb_structure(
+        AdvNeighborConfig(
+            adv_step_size=20.0, adv_grad_norm="linf", clip_value_max={"image": high}
+        )
+    )
+    np.testing.assert_allclose(
+        FEATURES["image"] + d["image"], np.broadcast_to(high, (3, 2, 2))
+    )
+
+
+def test_fractions_in_a_mask_weigh_the_gradient():
+    config = AdvNeighborConfig(feature_mask=np.array([1, 0.5]), adv_step_size=1.0)
+    d = follow(np.zeros((1, 2)), [[1.0, 1.0]], config)
+    np.testing.assert_allclose(d, [[1, 0.5] / np.sqrt(1.25)])
+
+
+def test_a_masked_value_never_moves_even_outside_the_range():
+    config = AdvNeighborConfig(
+        feature_mask=np.array([0, 1]),
+        clip_value_min=0.0,
+        clip_value_max=1.0,
+        random_init=True,
+        adv_grad_norm="linf",
+        adv_step_size=0.1,
+    )
+    d = follow(np.array([[7.0, 7.0]]), [[1.0, 1.0]], config)
+    np.testing.assert_allclose(d, [[0.0, -6.0]])
+
+
+def test_the_range_wins_over_the_ball():
+    config = AdvNeighborConfig(adv_step_size=0.1, pgd_epsilon=0.1, clip_value_max=0.0)
+    np.testing.assert_allclose(follow(np.array([[3.0]]), [[1.0]], config), [[-3.0]])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("feature_mask", {"imagee": 0}, r"keys \['imagee'\] that are no features"),
+        ("feature_mask", [1, 0], "list, and the features are not.*NumPy array"),
+        ("feature_mask", {"more": [1]}, r"\['more'\].*1 entries, and there are 2"),
+        ("feature_mask", {"more": {"a": 1}}, "dictionary, and the features are not"),
+        ("feature_mask", {"image": {"a": 1}}, "dictionary, and the features are not"),
+        ("clip_value_min", np.zeros(5), r"broadcast.*\(3, 2, 2\).*\(5,\)"),
+        ("clip_value_max", {"image": np.zeros((1, 3, 2, 2))}, r"shape: \(1, 3, 2, 2\)"),
+        ("clip_value_max", {"image": np.zeros((4, 1, 2))}, r"shape: \(4, 1, 2\)"),
+    ],
+)
+def test_constraints_that_do_not_fit(field, value, message):
+    with pytest.raises(ValueError, match=f"(?s)`{field}.*{message}"):
+        perturb_structure(AdvNeighborConfig(**{field: value}))
+
+
+# --- What is not finite
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("random_init", [False, True])
+def test_inputs_that_are_not_finite_stay_and_harm_nothing(
+    norm, value, clip, random_init
+):
+    x = np.array([[value, 0.5], [0.2, 0.5]], "float32")
+    config = AdvNeighborConfig(
+        adv_step_size=0.1,
+        adv_grad_norm=norm,
+        pgd_iterations=3,
+        pgd_epsilon=0.2,
+        clip_value_min=0.0 if clip else None,
+        clip_value_max=1.0 if clip else None,
+        random_init=random_init,
+    )
+    slope = tf.constant([[np.nan, 1.0], [2.0, 1.0]])
+    x_adv = perturb(
+        tf.constant(x),
+        [slope],
+        lambda _: [slope],
+        Settings.of(config),
+        keras.random.SeedGenerator(0),
+    ).numpy()
+    np.testing.assert_array_equal(x_adv[0, 0], x[0, 0])
+    assert np.isfinite(x_adv[0, 1])
+    assert norms(x_adv[1:] - x[1:], norm) <= 0.2 + 1e-6
+    assert norms(x_adv[1:] - x[1:], norm) > 0
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_gradients_that_are_not_finite_move_nothing(norm, value):
+    config = AdvNeighborConfig(adv_step_size=1.0, adv_grad_norm=norm)
+    d = follow(np.zeros((2, 2)), np.array([[value, 1.0], [value, value]]), config)
+    np.testing.assert_allclose(d, [[0, 1], [0, 0]])
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_zero_gradients_move_nothing(norm, dtype):
+    config = AdvNeighborConfig(adv_step_size=1.0, adv_grad_norm=norm, pgd_iterations=2)
+    x = tf.cast(RNG.normal(size=(2, 3)), dtype)
+    assert not follow(x, tf.zeros((2, 3)), config).any()
+
+
+# --- Random starts
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(("radius", "reach"), [(None, 0.3), (0.0, 0.0), (0.7, 0.7)])
+def test_random_starts_fill_the_ball(norm, radius, reach):
+    config = AdvNeighborConfig(
+        adv_step_size=0.3, pgd_epsilon=radius, adv_grad_norm=norm, random_init=True
+    )
+    # Without a gradient the random start is all that is left.
+    d = follow(np.zeros((500, 3)), tf.zeros((500, 3)), config)
+    size = norms(d, norm)
+    assert (size <= reach + 1e-9).all()
+    assert size.max() >= 0.95 * reach
+    assert size.std() > 0 or reach == 0
+
+
+def test_the_first_step_after_a_random_start_follows_its_own_gradient():
+    seen = []
+
+    def gradient_at(x):
+        seen.append(x.numpy())
+        return [-x]
+
+    x = tf.ones((2, 3))
+    config = AdvNeighborConfig(adv_step_size=0.5, random_init=True, pgd_iterations=2)
+    perturb(x, [x], gradient_at, Settings.of(config))
+    assert len(seen) == 2
+    assert not np.allclose(seen[0], 1.0)
+
+
+def test_random_starts_with_unknown_batch_size():
+    config = AdvNeighborConfig(adv_step_size=0.5, random_init=True, pgd_iterations=3)
+    seed = keras.random.SeedGenerator(0)
+
+    @tf.function(input_signature=[tf.TensorSpec((None, None, 2))])
+    def run(x):
+        return perturb(x, [x], lambda x: [x], Settings.of(config), seed)
+
+    for batch in (1, 5):
+        x = np.ones((batch, 3, 2), "float32")
+        assert np.isfinite(run(x)).all()
+
+
+# --- gen_adv_neighbor and adversarial_loss
+
+
+def loss_fn(y, y_pred, sample_weight=None):
+    return keras.losses.MeanSquaredError()(y, y_pred, sample_weight)
+
+
+def data(dtype="float32"):
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=(6, 4)).astype(dtype), rng.normal(size=(6, 1)).astype(dtype)
+    return x, y, rng.uniform(0, 2, 6).astype(dtype)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("iterations", [1, 3])
+@pytest.mark.parametrize("graph", [False, True])
+def test_gen_adv_neighbor_equals_the_oracle(norm, iterations, graph):
+    x, y, _ = data()
+    model = linear_model()
+    config = AdvNeighborConfig(
+        adv_step_size=0.2,
+        adv_grad_norm=norm,
+        pgd_iterations=iterations,
+        pgd_epsilon=0.3,
+    )
+
+    def neighbor(x, y):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            loss = loss_fn(y, model(x))
+        return gen_adv_neighbor(
+            x,
+            loss,
+            config,
+            gradient_tape=None if graph else tape,
+            pgd_model_fn=model,
+            pgd_loss_fn=loss_fn,
+            pgd_labels=y,
+        )
+
+    run = tf.function(neighbor) if graph else neighbor
+    got, weight = run(tf.constant(x), tf.constant(y))
+    expected = attack(
+        x.astype("float64"),
+        lambda x: LINEAR.input_gradient(x, y[:, 0], 1.0),
+        norm,
+        0.2,
+        iterations,
+        0.3,
+    )
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    np.testing.assert_array_equal(weight, np.ones((6, 1)))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("iterations", [1, 3])
+@pytest.mark.parametrize("known", ["nothing", "predictions", "loss"])
+@pytest.mark.parametrize("graph", [False, True])
+def test_adversarial_loss_equals_the_oracle(weighted, iterations, known, graph):
+    x, y, weights = data()
+    model = linear_model()
+    config = make_adv_reg_config(
+        adv_step_size=0.2,
+        adv_grad_norm="l2",
+        pgd_iterations=iterations,
+        pgd_epsilon=0.3,
+    )
+    weight = weights if weighted else None
+
+    def run(x, y):
+        arguments = {}
+        if known != "nothing":
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                predictions = model(x)
+                loss = loss_fn(y, predictions, weight)
+            if known == "predictions":
+                arguments = {"predictions": predictions, "gradient_tape": tape}
+            else:
+                arguments = {"labeled_loss": loss, "gradient_tape": tape}
+        with tf.GradientTape() as outer:
+            loss = adversarial_loss(
+                x, y, model, loss_fn, weight, adv_config=config, **arguments
+            )
+        return loss, outer.gradient(loss, model.trainable_variables)
+
+    if graph:
+        run = tf.function(run)
+    loss, (kernel, bias) = run(tf.constant(x), tf.constant(y))
+    weights = weights.astype("float64") if weighted else np.ones(6)
+    x_adv = attack(
+        x.astype("float64"),
+        lambda x: LINEAR.input_gradient(x, y[:, 0], weights),
+        "l2",
+        0.2,
+        iterations,
+        0.3,
+    )
+    expected = LINEAR.weight_gradient(x_adv, y[:, 0], weights)
+    np.testing.assert_allclose(loss, LINEAR.loss(x_adv, y[:, 0], weights), rtol=1e-5)
+    np.testing.assert_allclose(kernel[:, 0], expected[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(bias[0], expected[1], rtol=1e-4, atol=1e-5)
+
+
+def test_adversarial_loss_under_an_active_persistent_tape():
+    x, y, _ = (tf.constant(a) for a in data())
+    model = linear_model()
+    expected = adversarial_loss(x, y, model, loss_fn)
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(x)
+        loss = loss_fn(y, model(x))
+        adv_loss = adversarial_loss(
+            x, y, model, loss_fn, labeled_loss=loss, gradient_tape=tape
+        )
+        # No predictions and no loss: they are computed under the tape.
+        again = adversarial_loss(x, y, model, loss_fn, gradient_tape=tape)
+    np.testing.assert_allclose([adv_loss, again], expected, rtol=1e-6)
+
+
+def test_model_kwargs_reach_the_model_and_statistics_move_twice():
+    x = tf.constant(data()[0])
+    model = keras.Sequential(
+        [keras.Input((4,)), keras.layers.BatchNormalization(momentum=0.5)]
+    )
+    config = make_adv_reg_config(adv_step_size=0.0, pgd_iterations=4)
+    adversarial_loss(
+        x,
+        tf.zeros((6, 4)),
+        model,
+        loss_fn,
+        adv_config=config,
+        model_kwargs={"training": True},
+    )
+    mean = model.layers[0].moving_mean
+    np.testing.assert_allclose(mean, 0.75 * np.mean(x, axis=0), rtol=1e-5, atol=1e-6)
+
+
+def test_the_perturbation_is_a_constant_to_outer_tapes():
+    x, y, _ = (tf.constant(a) for a in data())
+    model = linear_model()
+    config = AdvNeighborConfig(adv_step_size=0.3)
+    with tf.GradientTape(persistent=True) as outer:
+        outer.watch(x)
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            loss = loss_fn(y, model(x))
+        neighbor, _ = gen_adv_neighbor(x, loss, config, gradient_tape=tape)
+    np.testing.assert_allclose(outer.gradient(neighbor, x), np.ones((6, 4)))
+    assert outer.gradient(neighbor, model.trainable_variables[0]) is None
+
+
+def test_errors_of_custom_loops():
+    x, y, _ = (tf.constant(a) for a in data())
+    model = linear_model()
+    loss = loss_fn(y, model(x))
+    config = AdvNeighborConfig()
+    with pytest.raises(ValueError, match="`gradient_tape` is needed in eager code"):
+        gen_adv_neighbor(x, loss, config)
+    with pytest.raises(ValueError, match="`gradient_tape` is needed in eager code"):
+        adversarial_loss(x, y, model, loss_fn, labeled_loss=loss)
+    with pytest.raises(TypeError, match=r"`adv_config` must be an `AdvRegConfig`"):
+        adversarial_loss(x, y, model, loss_fn, adv_config=config)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        loss = loss_fn(y, model(x))
+        with pytest.raises(ValueError, match="still recording"):
+            gen_adv_neighbor(x, loss, config, gradient_tape=tape)
+    with pytest.raises(ValueError, match=r"`pgd_model_fn`.*pgd_iterations=2"):
+        gen_adv_neighbor(
+            x, loss, AdvNeighborConfig(pgd_iterations=2), gradient_tape=tape
+        )
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.5)
+    with pytest.raises(ValueError, match="`adv_step_size` is a schedule"):
+        gen_adv_neighbor(x, loss, AdvNeighborConfig(adv_step_size=schedule))
+
+
+def test_a_tape_that_watched_something_else():
+    x, y, _ = (tf.constant(a) for a in data())
+    model = linear_model()
+    with tf.GradientTape() as tape:
+        loss = loss_fn(y, model(x))
+    with pytest.raises(ValueError, match=r"Nothing can be perturbed.*\(6, 4\)"):
+        gen_adv_neighbor(x, loss, AdvNeighborConfig(), gradient_tape=tape)
+
+
+def test_raise_invalid_gradient_names_what_cannot_be_perturbed():
+    x = {"a": tf.ones((2, 1)), "b": tf.constant([1, 2]), "c": tf.ones((2, 1))}
+    config = AdvNeighborConfig(adv_step_size=0.5)
+
+    def neighbor(raise_invalid_gradient):
+        with tf.GradientTape() as tape:
+            tape.watch([x["a"], x["c"]])
+            loss = tf.reduce_sum(x["a"] ** 2)
+        return gen_adv_neighbor(
+            x, loss, config, raise_invalid_gradient, gradient_tape=tape
+        )
+
+    result, _ = neighbor(False)
+    np.testing.assert_allclose(result["a"], 1.5)
+    np.testing.assert_allclose(result["c"], 1.0)
+    with pytest.raises(ValueError, match=r"\['b', 'c'\]"):
+        neighbor(True)
