@@ -1,15 +1,6 @@
 """Adversarial regularisation for Keras 3: wrap a model, `compile`, `fit`."""
 
-import keras as _keras
-
-if _keras.backend.backend() != "tensorflow":
-    raise ImportError(
-        "advreg works on Keras's TensorFlow backend. Set the environment variable "
-        'KERAS_BACKEND=tensorflow before Keras is imported, or "backend": '
-        '"tensorflow" in ~/.keras/keras.json. Received the backend: '
-        f"{_keras.backend.backend()!r}"
-    )
-
+from advreg import _backend as _backend  # First: it checks Keras's backend.
 from advreg._version import __version__
 from advreg.config import (
     AdvNeighborConfig,

@@ -1,0 +1,85 @@
+import importlib.metadata
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+import advreg
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def run(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+def test_public_names():
+    assert advreg.__all__ == [
+        "AdvNeighborConfig",
+        "AdvRegConfig",
+        "AdversarialRegularization",
+        "NormType",
+        "__version__",
+        "adversarial_loss",
+        "gen_adv_neighbor",
+        "make_adv_reg_config",
+    ]
+    assert all(hasattr(advreg, name) for name in advreg.__all__)
+
+
+def test_version_is_that_of_the_distribution():
+    assert importlib.metadata.version("advreg") == advreg.__version__
+
+
+def test_types_are_shipped():
+    assert (pathlib.Path(advreg.__file__).parent / "py.typed").exists()
+
+
+def test_importing_loads_no_extra():
+    # Keras itself loads Matplotlib where it is installed: what advreg adds counts.
+    extras = ("matplotlib", "sklearn", "tensorflow_datasets", "art", "gradio")
+    code = (
+        "import sys, keras, tensorflow; before = set(sys.modules); import advreg\n"
+        f"new = set(sys.modules) - before; extras = {extras}\n"
+        "print(sorted(m for m in new if m.split('.')[0] in extras))"
+    )
+    assert run(code).stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "backend"),
+    [
+        ("import keras; keras.backend.backend = lambda: 'jax'; import advreg", None),
+        # Keras cannot even be imported where the backend is not installed.
+        ("import sys; sys.modules['jax'] = None; import advreg", "jax"),
+    ],
+)
+def test_another_backend_is_refused(code, backend):
+    result = run(code, **({"KERAS_BACKEND": backend} if backend else {}))
+    assert result.returncode != 0
+    message = result.stderr.splitlines()[-1]
+    assert message.startswith("ImportError: advreg works on Keras's TensorFlow backend")
+    assert "KERAS_BACKEND=tensorflow" in message
+    assert message.endswith("'jax'")
+
+
+@pytest.mark.slow
+def test_the_example_of_the_readme_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("sklearn")
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(example, "README.md", "exec"), names)
+    assert (tmp_path / "robust.keras").exists()
+    plain = names["model"].evaluate(names["x"], names["y"], verbose=0)[1]
+    assert plain > 0.9
+    assert "accuracy" in capsys.readouterr().out
