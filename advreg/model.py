@@ -139,57 +139,29 @@ class AdversarialRegularization(keras.Model):
         x = tree.map_structure(_to_tensor, x)
         regularize = self._multiplier_is_not_zero()
         wanted = [regularize and can for can in differentiable(x, self._fixed_keys())]
-        watched = select(x, wanted)
 
-        # Persistent, because the losses that a model adds show only once it has run.
-        with tf.GradientTape(persistent=True) as tape:
-            tape.watch(watched)
-            y_pred = self._forward(x, training=True)
-            labeled_loss = self._compile_loss(y, y_pred, sample_weight)
-            losses = self.losses
-            loss = self._total_loss(labeled_loss, losses)
-            scaled_loss = self._scale(loss)
-            scaled_labeled_loss = self._scale(labeled_loss)
-        weights = self.trainable_weights
-        if len(losses) > sum(v.regularizer is not None for v in weights):
-            # What `add_loss` and activity regularisers add may depend on the input,
-            # and the attack is to raise the labelled loss alone.
-            gradients = tape.gradient(scaled_loss, weights)
-            input_grads = tape.gradient(scaled_labeled_loss, watched)
-        else:
-            both = tape.gradient(scaled_loss, [*weights, *watched])
-            gradients, input_grads = both[: len(weights)], both[len(weights) :]
-        del tape
-
+        y_pred, labeled_loss, loss, gradients, input_grads = self._clean_pass(
+            x, y, sample_weight, wanted
+        )
         adversarial_loss = ops.zeros_like(labeled_loss)
         if regularize:
             x_adv = perturb(
                 x,
-                align(input_grads, wanted),
+                input_grads,
                 self._gradient_function(y, sample_weight, wanted, training=True),
                 Settings.of(
                     self.adv_config.adv_neighbor_config, self.optimizer.iterations
                 ),
                 self._training_seed,
             )
-            with tf.GradientTape() as tape:
-                y_adv = self._forward(x_adv, training=True)
-                with keras.StatelessScope():  # Per-output trackers stay clean.
-                    adversarial_loss = self._compile_loss(y, y_adv, sample_weight)
-                adversarial_loss = adversarial_loss * ops.convert_to_tensor(
-                    self._multiplier(), adversarial_loss.dtype
-                )
-                scaled_loss = self._scale(adversarial_loss)
-            gradients = [
-                _add(*pair)
-                for pair in zip(
-                    gradients, tape.gradient(scaled_loss, weights), strict=True
-                )
-            ]
+            adversarial_loss, more = self._adversarial_pass(x_adv, y, sample_weight)
+            gradients = [_add(*pair) for pair in zip(gradients, more, strict=True)]
             loss = loss + adversarial_loss
 
-        if weights:
-            self.optimizer.apply_gradients(zip(gradients, weights, strict=True))
+        if gradients:
+            self.optimizer.apply_gradients(
+                zip(gradients, self.trainable_weights, strict=True)
+            )
         else:
             warnings.warn(
                 "The model does not have any trainable weights.", stacklevel=2
@@ -197,7 +169,8 @@ class AdversarialRegularization(keras.Model):
         self._track(self._loss_tracker, loss, x)
         self._track(self._labeled_loss_tracker, labeled_loss, x)
         self._track(self._adversarial_loss_tracker, adversarial_loss, x)
-        return self.compute_metrics(x, y, y_pred, sample_weight)
+        logs = self.compute_metrics(x, y, y_pred, sample_weight)
+        return {**logs, **{t.name: t.result() for t in self._training_trackers}}
 
     def test_step(self, data: Any) -> dict[str, Tensor]:
         """Evaluates a batch as the base model does: clean, one forward pass."""
@@ -207,10 +180,8 @@ class AdversarialRegularization(keras.Model):
         loss = self._total_loss(labeled_loss, self.losses)
         self._track(self._loss_tracker, loss, x)
         logs = self.compute_metrics(x, y, y_pred, sample_weight)
-        trackers = (self._labeled_loss_tracker, self._adversarial_loss_tracker)
-        for tracker in trackers:
-            logs.pop(tracker.name)
-        return logs
+        names = {tracker.name for tracker in self._training_trackers}
+        return {name: value for name, value in logs.items() if name not in names}
 
     def predict_step(self, data: Any) -> Any:
         """Predicts a batch, with or without labels in it."""
@@ -235,6 +206,18 @@ class AdversarialRegularization(keras.Model):
         """Updates the compiled metrics, whichever way the labels came."""
         x, y, sample_weight = self._unpack((x, y, sample_weight))
         return super().compute_metrics(x, y, y_pred, sample_weight)
+
+    def get_metrics_result(self) -> dict[str, Tensor]:
+        """Returns what the trackers hold, those of training only if they hold any.
+
+        Keras asks at the end of an epoch, and of an evaluation, which has reset them.
+        """
+        results = super().get_metrics_result()
+        counted = tf.executing_eagerly() and self._labeled_loss_tracker.count.numpy()
+        if not counted:
+            for tracker in self._training_trackers:
+                results.pop(tracker.name, None)
+        return results
 
     def perturb_on_batch(
         self, x: Any, y: Any = None, sample_weight: Any = None, **overrides: Any
@@ -327,6 +310,52 @@ class AdversarialRegularization(keras.Model):
         super().load_own_variables(saved)
 
     # What follows is the model's own.
+
+    @property
+    def _training_trackers(self) -> tuple[keras.metrics.Metric, ...]:
+        """What `fit` reports beside the results of the base model."""
+        return self._labeled_loss_tracker, self._adversarial_loss_tracker
+
+    def _clean_pass(
+        self, x: Features, y: Any, sample_weight: Any, wanted: Sequence[bool]
+    ) -> tuple[Any, Tensor, Tensor, list[Tensor], Gradients]:
+        """Returns predictions, labelled and total loss, and their two gradients.
+
+        One backward pass gives the gradient of the total loss with respect to the
+        weights, and that of the labelled loss with respect to the input.
+        """
+        watched = select(x, wanted)
+        # Persistent, because the losses that a model adds show only once it has run.
+        with tf.GradientTape(persistent=True) as tape:
+            tape.watch(watched)
+            y_pred = self._forward(x, training=True)
+            labeled_loss = self._compile_loss(y, y_pred, sample_weight)
+            losses = self.losses
+            loss = self._total_loss(labeled_loss, losses)
+            scaled_loss = self._scale(loss)
+            scaled_labeled_loss = self._scale(labeled_loss)
+        weights = self.trainable_weights
+        if len(losses) > sum(v.regularizer is not None for v in weights):
+            # What `add_loss` and activity regularisers add may depend on the input,
+            # and the attack is to raise the labelled loss alone.
+            gradients = tape.gradient(scaled_loss, weights)
+            input_grads = tape.gradient(scaled_labeled_loss, watched)
+        else:
+            both = tape.gradient(scaled_loss, [*weights, *watched])
+            gradients, input_grads = both[: len(weights)], both[len(weights) :]
+        return y_pred, labeled_loss, loss, gradients, align(input_grads, wanted)
+
+    def _adversarial_pass(
+        self, x_adv: Features, y: Any, sample_weight: Any
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Returns the scaled adversarial loss and its gradient."""
+        with tf.GradientTape() as tape:
+            y_pred = self._forward(x_adv, training=True)
+            with keras.StatelessScope():  # Trackers of single outputs stay clean.
+                loss = self._compile_loss(y, y_pred, sample_weight)
+            loss = loss * ops.convert_to_tensor(self._multiplier(), loss.dtype)
+            scaled_loss = self._scale(loss)
+        return loss, tape.gradient(scaled_loss, self.trainable_weights)
 
     def _forward(self, features: Features, training: bool | None) -> Any:
         """Runs the base model on features from which the labels have been taken."""
