@@ -67,6 +67,9 @@ def test_two_replicas_train_like_one_and_draw_different_noise(iterations):
     assert result.returncode == 0, result.stderr
     one, two, drawn = json.loads(result.stdout.splitlines()[-1])
     assert not np.allclose(drawn[0], drawn[1])
+    if tuple(map(int, keras.__version__.split(".")[:2])) < (3, 12):
+        # Plain models of older versions report other logs under replicas, too.
+        one, two = one[::3], two[::3]
     for a, b in zip(keras.tree.flatten(one), keras.tree.flatten(two), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
