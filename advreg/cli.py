@@ -56,7 +56,15 @@ def _add_demo(commands: Any) -> None:
         description="Train a plain and a regularised copy of the same network, and "
         "compare their accuracies on clean and on perturbed images.",
     )
-    by_dataset = "default: depends on the dataset"
+    digits, mnist = (demo.recipe_for(name) for name in ("digits", "mnist"))
+
+    def by_dataset(name: str) -> str:
+        """Says what the recipes of the datasets that have one hold."""
+        return (
+            f"default: {getattr(digits, name)} for digits, {getattr(mnist, name)} for "
+            f"mnist, {getattr(demo.GENERAL_RECIPE, name)} for others"
+        )
+
     parser.add_argument(
         "--dataset",
         metavar="NAME",
@@ -65,20 +73,23 @@ def _add_demo(commands: Any) -> None:
         "(default: %(default)s)",
     )
     parser.add_argument(
-        "--epochs", type=int, metavar="N", help=f"epochs of training ({by_dataset})"
+        "--epochs",
+        type=int,
+        metavar="N",
+        help=f"epochs of training ({by_dataset('epochs')})",
     )
     parser.add_argument(
         "--multiplier",
         type=float,
         metavar="X",
-        help=f"weight of the adversarial loss ({by_dataset})",
+        help=f"weight of the adversarial loss ({by_dataset('multiplier')})",
     )
     parser.add_argument(
         "--adv-step-size",
         type=float,
         metavar="X",
         help="step of the perturbation in training, and radius of every attack "
-        f"({by_dataset}, and suits the infinity norm)",
+        "(default: depends on dataset and norm; 0.2 for mnist in the infinity norm)",
     )
     parser.add_argument(
         "--adv-grad-norm",

@@ -49,8 +49,8 @@ class NormType(str, enum.Enum):
             if float(value) in orders:
                 return orders[float(value)]
         raise ValueError(
-            "A norm must be one of 'l1', 'l2' and 'infinity' (or 'linf', 'inf', 1, 2, "
-            f"np.inf). Received: {value!r}"
+            "`adv_grad_norm` must be one of 'l1', 'l2' and 'infinity' (or 'linf', "
+            f"'inf', 1, 2, np.inf). Received: {value!r}"
         )
 
 
@@ -106,14 +106,15 @@ class AdvNeighborConfig(_Config):
     array that broadcasts to the feature; or, where the model takes several inputs, a
     dictionary, list or tuple of these in the structure of the input, `None` standing
     for no constraint. A dictionary may leave features out. A list of numbers is a
-    structure, not an array.
+    structure, not an array: write `np.array([1, 1, 0])` for the columns of a feature.
 
     Args:
         feature_mask: Weights in [0, 1] of the gradient. A feature masked by 0 never
             moves.
         adv_step_size: Length of one step in `adv_grad_norm`, in units of the input; a
             non-negative number, or a `LearningRateSchedule` over the optimizer's
-            iterations.
+            iterations. The default is that of Neural Structured Learning; choose your
+            own, such as 0.1 in the infinity norm for pixels in [0, 1].
         adv_grad_norm: The norm of the step and of the ball, taken jointly over all
             perturbed features of an example: `"l1"`, `"l2"` or `"infinity"` (also
             `"linf"`, `"inf"`, `1`, `2`, `np.inf`, a `NormType`).
@@ -121,7 +122,8 @@ class AdvNeighborConfig(_Config):
         clip_value_max: Largest value of a perturbed feature.
         pgd_iterations: Number of steps, at least 1.
         pgd_epsilon: Radius of the ball around the input that the perturbation stays
-            in: a non-negative number, a `LearningRateSchedule`, or `None` for no ball.
+            in: a non-negative number, a `LearningRateSchedule`, or `None` for no ball,
+            where several steps may go as far as their lengths add up to.
         random_init: Whether to start from a uniformly random point of the ball of
             `pgd_epsilon`, or of `adv_step_size` where that is not set.
 
@@ -148,7 +150,7 @@ class AdvNeighborConfig(_Config):
         checked = {
             "feature_mask": _constraint("feature_mask", self.feature_mask),
             "adv_step_size": _magnitude("adv_step_size", self.adv_step_size),
-            "adv_grad_norm": _norm(self.adv_grad_norm),
+            "adv_grad_norm": NormType(self.adv_grad_norm),
             "clip_value_min": _constraint("clip_value_min", self.clip_value_min),
             "clip_value_max": _constraint("clip_value_max", self.clip_value_max),
             "pgd_iterations": _iterations(self.pgd_iterations),
@@ -169,7 +171,8 @@ class AdvRegConfig(_Config):
 
     Args:
         multiplier: Weight of the adversarial loss in the total: a non-negative
-            number, or a `LearningRateSchedule` over the optimizer's iterations. The
+            number, or a `LearningRateSchedule` over the optimizer's iterations, whose
+            values are taken as they come, negative ones too. The
             number 0 turns adversarial training off and costs nothing; a schedule that
             happens to be at 0 still pays for the adversarial pass.
         adv_neighbor_config: An `AdvNeighborConfig`.
@@ -265,18 +268,15 @@ def _magnitude(name: str, value: Any) -> Number:
             f"`keras.optimizers.schedules.LearningRateSchedule`. Received: "
             f"{_show(value)}"
         )
-    if not 0 <= value < math.inf:
+    try:
+        number = float(value)
+    except OverflowError:  # An integer beyond all floats.
+        number = math.inf
+    if not 0 <= number < math.inf:
         raise ValueError(
             f"`{name}` must be finite and not negative. Received: {_show(value)}"
         )
-    return float(value)
-
-
-def _norm(value: Any) -> NormType:
-    try:
-        return NormType(value)
-    except ValueError as error:
-        raise ValueError(f"`adv_grad_norm` is no norm. {error}") from None
+    return number
 
 
 def _iterations(value: Any) -> int:

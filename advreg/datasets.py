@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib
 from typing import Any
 
 import numpy as np
+
+from advreg._extras import import_extra
 
 _DIGITS_TEST_IMAGES = 500
 
@@ -67,9 +68,9 @@ def load(name: str) -> ImageDataset:
 
 
 def _load_digits() -> ImageDataset:
-    digits = _import_extra("sklearn.datasets").load_digits()
+    digits = import_extra("sklearn.datasets", "demo").load_digits()
     images = (digits.images[..., np.newaxis] / 16).astype("float32")
-    split = _import_extra("sklearn.model_selection").train_test_split
+    split = import_extra("sklearn.model_selection", "demo").train_test_split
     x_train, x_test, y_train, y_test = split(
         images,
         digits.target.astype("int64"),
@@ -89,7 +90,7 @@ def _load_digits() -> ImageDataset:
 
 
 def _load_tfds(name: str) -> ImageDataset:
-    tfds = _import_extra("tensorflow_datasets")
+    tfds = import_extra("tensorflow_datasets", "demo")
     builder = _tfds_builder(tfds, name)
     label = _check_features(tfds, name, builder.info)
     _prepare(name, builder)
@@ -175,13 +176,3 @@ def _read(tfds: Any, builder: Any, split: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _one_line(value: Any) -> str:
     return " ".join(str(value).split())
-
-
-def _import_extra(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f"{module.split('.')[0]} is needed for this dataset, and belongs to an "
-            f"extra: pip install 'advreg[demo]'. Received: {error}"
-        ) from error

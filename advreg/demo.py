@@ -86,21 +86,25 @@ class Recipe:
         epochs: Number of epochs.
         batch_size: Number of images in a batch of training.
         multiplier: Weight of the adversarial loss.
-        adv_step_size: Step of the perturbation in the infinity norm.
+        adv_step_size: Step of the perturbation in each norm, a `NormType`.
     """
 
     network: Callable[[Shape, int], keras.Model]
     epochs: int
     batch_size: int
     multiplier: float
-    adv_step_size: float
+    adv_step_size: Mapping[NormType, float]
+
+
+def _in_each_norm(infinity: float, l2: float, l1: float) -> Mapping[NormType, float]:
+    return {NormType.INFINITY: infinity, NormType.L2: l2, NormType.L1: l1}
 
 
 RECIPES = {
-    "digits": Recipe(digits_network, 15, 32, multiplier=1.0, adv_step_size=0.15),
-    "mnist": Recipe(mnist_network, 5, 32, multiplier=0.2, adv_step_size=0.2),
+    "digits": Recipe(digits_network, 15, 32, 1.0, _in_each_norm(0.15, 0.7, 3.0)),
+    "mnist": Recipe(mnist_network, 5, 32, 0.2, _in_each_norm(0.2, 2.0, 10.0)),
 }
-GENERAL_RECIPE = Recipe(general_network, 10, 64, multiplier=1.0, adv_step_size=8 / 255)
+GENERAL_RECIPE = Recipe(general_network, 10, 64, 1.0, _in_each_norm(8 / 255, 0.5, 12.0))
 
 
 def recipe_for(dataset: str) -> Recipe:
@@ -143,9 +147,14 @@ class DemoSettings:
 
     def __post_init__(self) -> None:
         recipe = recipe_for(self.dataset)
-        for name in ("epochs", "multiplier", "adv_step_size"):
+        defaults = {
+            "epochs": recipe.epochs,
+            "multiplier": recipe.multiplier,
+            "adv_step_size": recipe.adv_step_size[NormType(self.adv_grad_norm)],
+        }
+        for name, default in defaults.items():
             if getattr(self, name) is None:
-                object.__setattr__(self, name, getattr(recipe, name))
+                object.__setattr__(self, name, default)
         if self.epochs < 1:  # type: ignore[operator]
             raise ValueError(f"`epochs` must be at least 1. Received: {self.epochs!r}")
         if not 0 <= self.seed < 2**32:

@@ -17,16 +17,19 @@ class ReplicaSeedGenerator(keras.random.SeedGenerator):
     random starts. Here each one adds its number to the first half of the seed.
 
     Args:
-        seed: Integer, or `None` for one derived from Python's random state, which is
-            left as it was: wrapping a model then changes nothing in how it trains.
+        seed: Integer, or `None` for one derived from the name and from Python's random
+            state, which is left as it was: wrapping a model then changes nothing in how
+            it trains.
         name: Name of the generator.
     """
 
     def __init__(self, seed: int | None = None, name: str | None = None) -> None:
         if seed is None:
             state = random.getstate()
-            seed = random.randint(1, 10**9)
+            # Not the number itself: the next layer that is made will draw it, too.
+            derived = random.Random(f"{name} {random.random()}")
             random.setstate(state)
+            seed = derived.randint(1, 10**9)
         super().__init__(seed=seed, name=name)
 
     def next(self, ordered: bool = True) -> Any:

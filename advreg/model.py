@@ -6,7 +6,7 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import keras
 import tensorflow as tf
@@ -14,17 +14,16 @@ from keras import ops, tree
 
 from advreg.config import AdvNeighborConfig, AdvRegConfig, Schedule
 from advreg.distribution import ReplicaSeedGenerator, unscale_loss
+from advreg.geometry import Tensor
+from advreg.packing import Features, Gradients, describe
 from advreg.perturbation import (
-    Features,
-    Gradients,
     Settings,
-    Tensor,
     align,
-    describe,
     differentiable,
     input_gradients,
     perturb,
     select,
+    to_tensor,
 )
 
 _SEED_KEY = "adversarial_seed"
@@ -47,8 +46,12 @@ class AdversarialRegularization(keras.Model):
     is `base_model`.
 
     Labels come as `y`, as for any Keras model. Where there is no `y`, and `x` is a
-    dictionary that holds the `label_keys`, they come from there. Keys that the base
-    model declares as inputs, and all keys that come beside a `y`, are features.
+    dictionary that holds the `label_keys`, they come from there. A key is a feature,
+    never a label, if the base model declares an input of that name or if `y` is given.
+
+    Saving keeps the wrapper, its configuration and the state of its optimizer;
+    `keras.models.load_model` needs `import advreg` first. `base_model` is saved, loaded
+    and served without advreg.
 
     Args:
         base_model: A Keras 3 model: sequential, functional or subclassed, built or
@@ -57,7 +60,8 @@ class AdversarialRegularization(keras.Model):
             `AdvRegConfig()`.
         label_keys: Keys of the labels in dictionary inputs. Several keys give a list
             of labels in that order.
-        sample_weight_key: Key of the sample weights in dictionary inputs.
+        sample_weight_key: Key of the sample weights in dictionary inputs. Where `y` is
+            given and the base model declares no inputs, it is a feature.
         base_with_labels_in_features: Whether the base model is to receive labels that
             come in a dictionary as inputs too. They are not perturbed.
         **kwargs: `name`, `dtype` and `trainable` of the model. `dtype` is by default
@@ -66,7 +70,8 @@ class AdversarialRegularization(keras.Model):
     Raises:
         TypeError: `base_model` is not a Keras 3 model, or another argument has the
             wrong type.
-        ValueError: `base_model` is itself adversarially regularised.
+        ValueError: `base_model` is itself adversarially regularised, or
+            `sample_weight_key` is a label key.
 
     Example:
     >>> model = AdversarialRegularization(
@@ -87,30 +92,15 @@ class AdversarialRegularization(keras.Model):
         **kwargs: Any,
     ) -> None:
         _check_base(base_model)
-        adv_config = AdvRegConfig() if adv_config is None else adv_config
-        if not isinstance(adv_config, AdvRegConfig):
-            raise TypeError(
-                "`adv_config` must be an `AdvRegConfig`, as `make_adv_reg_config` "
-                f"returns. Received: {adv_config!r} (of type "
-                f"{type(adv_config).__name__})"
-            )
-        if isinstance(label_keys, str) or not all(
-            isinstance(key, str) for key in label_keys
-        ):
-            raise TypeError(
-                "`label_keys` must be a list or tuple of strings. Received: "
-                f"{label_keys!r}"
-            )
-        if not isinstance(sample_weight_key, (str, type(None))):
-            raise TypeError(
-                "`sample_weight_key` must be a string or `None`. Received: "
-                f"{sample_weight_key!r}"
-            )
+        _check_arguments(
+            label_keys, sample_weight_key, base_with_labels_in_features, kwargs
+        )
         kwargs.setdefault("dtype", base_model.dtype_policy)
         super().__init__(**kwargs)
         self.supports_masking = True
+        self.autocast = False  # The base casts its inputs itself, where it does.
         self.base_model = base_model
-        self.adv_config = adv_config
+        self.adv_config = AdvRegConfig() if adv_config is None else adv_config
         self.label_keys = tuple(label_keys)
         self.sample_weight_key = sample_weight_key
         self.base_with_labels_in_features = base_with_labels_in_features
@@ -119,15 +109,52 @@ class AdversarialRegularization(keras.Model):
             name="scaled_adversarial_loss"
         )
         self._training_seed = ReplicaSeedGenerator(name="training_seed")
+        # `perturb_on_batch` draws from its own, so as not to change training.
         self._perturbing_seed = ReplicaSeedGenerator(name="perturbing_seed")
         # Keras leaves such an object alone where it would wrap a list or a dictionary.
         self._perturbing = SimpleNamespace(function=None, key=None)
         self.built = base_model.built
 
     @property
+    def adv_config(self) -> AdvRegConfig:
+        """The configuration. Another one takes effect with the next step."""
+        return self._adv_config
+
+    @adv_config.setter
+    def adv_config(self, value: AdvRegConfig) -> None:
+        if not isinstance(value, AdvRegConfig):
+            raise TypeError(
+                "`adv_config` must be an `AdvRegConfig`, as `make_adv_reg_config` "
+                f"returns. Received: {value!r} (of type {type(value).__name__})"
+            )
+        self._adv_config = value
+        if self.train_function is not None:
+            self.make_train_function(force=True)
+
+    @property
     def output_names(self) -> list[str]:
         """The base model's, so that metrics carry the names that it gives them."""
         return self.base_model.output_names
+
+    def build(self, input_shape: Any) -> None:
+        """Builds the base model.
+
+        Args:
+            input_shape: Shape of the input with the batch axis, or a structure of
+                shapes like that of the inputs.
+        """
+        if self.base_model.built:
+            return
+        shapes = self._base_inputs(self._without_labels(input_shape))
+        if type(self.base_model).build is not keras.layers.Layer.build:
+            self.base_model.build(shapes)
+        else:  # Nothing but a call says what this model is made of.
+            dtype = self.base_model.input_dtype
+            self.base_model(
+                tree.map_shape_structure(
+                    lambda shape: keras.KerasTensor(shape, dtype=dtype), shapes
+                )
+            )
 
     def call(self, inputs: Features, training: bool | None = None) -> Any:
         """Calls the base model; labels in a dictionary of inputs are left out."""
@@ -136,7 +163,7 @@ class AdversarialRegularization(keras.Model):
     def train_step(self, data: Any) -> dict[str, Tensor]:
         """Takes one step: clean pass, attack, adversarial pass, one update."""
         x, y, sample_weight = self._unpack(data, need_labels=True)
-        x = tree.map_structure(_to_tensor, x)
+        x = tree.map_structure(to_tensor, x)
         regularize = self._multiplier_is_not_zero()
         wanted = [regularize and can for can in differentiable(x, self._fixed_keys())]
 
@@ -229,8 +256,8 @@ class AdversarialRegularization(keras.Model):
         tensors, so that a sweep over them compiles once.
 
         Args:
-            x: Features of one batch, in any form that `fit` takes; labels may be in it
-                if it is a dictionary.
+            x: Features of one batch: an array or tensor, or a structure of them.
+                Labels may be in it if it is a dictionary.
             y: Labels, where they are not in `x`.
             sample_weight: Weights of the examples. An example of weight 0 has no
                 gradient to follow.
@@ -242,7 +269,9 @@ class AdversarialRegularization(keras.Model):
             Labels and weights in a dictionary come back as the objects that went in.
 
         Raises:
-            TypeError: An override is no field of `AdvNeighborConfig`.
+            RuntimeError: It is called inside a `tf.function`.
+            TypeError: `x` is a dataset, or an override is no field of
+                `AdvNeighborConfig`.
             ValueError: The model is not compiled, labels are missing, nothing can be
                 perturbed, or a mask or range does not fit.
 
@@ -250,6 +279,17 @@ class AdversarialRegularization(keras.Model):
         >>> x_adv = model.perturb_on_batch(x, y, adv_step_size=0.1, clip_value_min=0.0)
         """
         config = self._override(overrides)
+        if not tf.executing_eagerly():
+            raise RuntimeError(
+                "`perturb_on_batch` returns NumPy arrays, which do not exist inside a "
+                "`tf.function` or `tf.data.Dataset.map`. Call it outside, or use "
+                "`advreg.gen_adv_neighbor` there."
+            )
+        if isinstance(x, (tf.data.Dataset, keras.utils.PyDataset)):
+            raise TypeError(
+                "`x` must be one batch. Loop over a dataset: `for x, y in dataset: "
+                f"model.perturb_on_batch(x, y)`. Received: {type(x).__name__}"
+            )
         if not self.compiled:
             raise ValueError(
                 "`perturb_on_batch` follows the gradient of the compiled loss. Call "
@@ -257,7 +297,7 @@ class AdversarialRegularization(keras.Model):
             )
         batch = self._unpack((x, y, sample_weight), need_labels=True)
         features, labels, weights = (
-            tree.map_structure(_to_tensor, part) for part in batch
+            tree.map_structure(to_tensor, part) for part in batch
         )
         self._build_by_running(features, labels)
         iteration = self.optimizer.iterations if self.optimizer is not None else None
@@ -271,6 +311,10 @@ class AdversarialRegularization(keras.Model):
             key: perturbed[key] if key in perturbed and key not in kept else value
             for key, value in x.items()
         }
+
+    def export(self, *args: Any, **kwargs: Any) -> Any:
+        """Exports the base model; takes the arguments of `keras.Model.export`."""
+        return self.base_model.export(*args, **kwargs)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments of the constructor as a serialisable dictionary."""
@@ -395,7 +439,8 @@ class AdversarialRegularization(keras.Model):
         if isinstance(x, Mapping):
             inputs = self._declared_names()
             weight_key = self.sample_weight_key
-            if weight_key in x and weight_key not in inputs:
+            # Beside a `y`, a base that declares no inputs takes all keys as features.
+            if weight_key in x and weight_key not in inputs and (inputs or y is None):
                 if sample_weight is not None:
                     raise ValueError(
                         "Sample weights must come once. Received: `sample_weight`, and "
@@ -411,16 +456,22 @@ class AdversarialRegularization(keras.Model):
                 "grows: `compile` needs a `loss`. Received: loss=None"
             )
         if need_labels and y is None:
-            keys = list(received) if isinstance(received, Mapping) else None
-            raise ValueError(
-                "Labels are missing: pass them as `y`, or in a dictionary `x` under "
-                f"the `label_keys` {self.label_keys}. A key that the base model "
-                "declares as an input holds labels only with "
-                "`base_with_labels_in_features=True`. Received: "
-                + (f"x with the keys {keys}" if keys else f"x={describe(received)}")
-                + " and y=None"
-            )
+            self._raise_missing_labels(received)
         return x, y, sample_weight
+
+    def _raise_missing_labels(self, x: Any) -> NoReturn:
+        message = (
+            "Labels are missing: pass them as `y`, or in a dictionary `x` under the "
+            f"`label_keys` {self.label_keys}."
+        )
+        if not isinstance(x, Mapping):
+            raise ValueError(f"{message} Received: x={describe(x)} and y=None")
+        if set(self.label_keys) & self._declared_names() & set(x):
+            message += (
+                " A key that the base model declares as an input holds labels only "
+                "with `base_with_labels_in_features=True`."
+            )
+        raise ValueError(f"{message} Received: x with the keys {list(x)} and y=None")
 
     def _take_labels(self, x: Features, inputs: set[str]) -> tuple[Any, Features]:
         """Splits a dictionary into labels, `None` if some are missing, and features."""
@@ -484,7 +535,7 @@ class AdversarialRegularization(keras.Model):
         return lambda features: input_gradients(loss_at, features, wanted)
 
     def _override(self, overrides: dict[str, Any]) -> AdvNeighborConfig:
-        fields = [field.name for field in dataclasses.fields(AdvNeighborConfig)]
+        fields = _neighbor_fields()
         unknown = sorted(set(overrides) - set(fields))
         if unknown:
             raise TypeError(
@@ -517,17 +568,51 @@ class AdversarialRegularization(keras.Model):
                 function,
                 autograph=False,
                 jit_compile=self.jit_compile,
-                reduce_retracing=True,
             )
         return self._perturbing.function
 
     def _build_by_running(self, features: Features, labels: Any) -> None:
         """Creates all state, which cannot be done while updates are discarded."""
-        if self.built and self._compile_loss.built:
-            return
-        y_pred = self._forward(features, training=False)
-        if not self._compile_loss.built:
-            self._compile_loss.build(labels, y_pred)
+        with self.distribute_strategy.scope():
+            if not self.base_model.built:
+                self._forward(features, training=False)
+            if not self._compile_loss.built:
+                with keras.StatelessScope():
+                    y_pred = self._forward(features, training=False)
+                self._compile_loss.build(labels, y_pred)
+
+
+def _check_arguments(
+    label_keys: Any, sample_weight_key: Any, with_labels: Any, kwargs: dict[str, Any]
+) -> None:
+    """Checks the wrapper's own arguments."""
+    if not isinstance(label_keys, (list, tuple)) or not all(
+        isinstance(key, str) for key in label_keys
+    ):
+        raise TypeError(
+            f"`label_keys` must be a list or tuple of strings. Received: {label_keys!r}"
+        )
+    if not isinstance(sample_weight_key, (str, type(None))):
+        raise TypeError(
+            "`sample_weight_key` must be a string or `None`. Received: "
+            f"{sample_weight_key!r}"
+        )
+    if sample_weight_key in label_keys:
+        raise ValueError(
+            "`sample_weight_key` must not be one of the `label_keys`. Received: "
+            f"{sample_weight_key!r} and {label_keys!r}"
+        )
+    if not isinstance(with_labels, bool):
+        raise TypeError(
+            f"`base_with_labels_in_features` must be a bool. Received: {with_labels!r}"
+        )
+    misplaced = sorted(set(kwargs) & {"multiplier", *_neighbor_fields()})
+    if misplaced:
+        raise TypeError(
+            "Hyperparameters belong in the configuration: "
+            "`AdversarialRegularization(base_model, make_adv_reg_config(...))`. "
+            f"Received: {misplaced}"
+        )
 
 
 def _check_base(base_model: Any) -> None:
@@ -551,13 +636,13 @@ def _check_base(base_model: Any) -> None:
             f"{hint} Received: {base_model!r} (of type {type(base_model).__module__}."
             f"{type(base_model).__name__})"
         )
-    for name in ("train_step", "compute_loss"):
+    for name in ("train_step", "test_step", "predict_step", "compute_loss"):
         if getattr(type(base_model), name) is not getattr(keras.Model, name):
             warnings.warn(
-                f"{type(base_model).__name__} overrides `{name}`, which adversarial "
-                "regularisation does not call: it trains on the compiled loss and on "
+                f"{type(base_model).__name__} overrides `{name}`, which the wrapper "
+                "does not call: it trains and evaluates on the compiled loss and on "
                 "what the model adds by `add_loss`.",
-                stacklevel=3,
+                stacklevel=4,
             )
 
 
@@ -574,8 +659,8 @@ def _add(a: Any, b: Any) -> Any:
     return tf.convert_to_tensor(a) + tf.convert_to_tensor(b)
 
 
-def _to_tensor(leaf: Any) -> Any:
-    return leaf if leaf is None or tf.is_tensor(leaf) else tf.convert_to_tensor(leaf)
+def _neighbor_fields() -> list[str]:
+    return [field.name for field in dataclasses.fields(AdvNeighborConfig)]
 
 
 def _to_numpy(leaf: Any) -> Any:

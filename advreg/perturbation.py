@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
-import numpy as np
 import tensorflow as tf
 from keras import ops, tree
 
@@ -25,11 +24,8 @@ from advreg.config import (
     NormType,
     Schedule,
 )
-from advreg.geometry import project, sample_unit_ball, steepest_direction
-
-Tensor = Any
-Features = Any  # a tensor, or a nested dict, list or tuple of tensors
-Gradients = list  # one tensor, or `None`, for each leaf of the features
+from advreg.geometry import Tensor, project, sample_unit_ball, steepest_direction
+from advreg.packing import Features, Gradients, Packing, describe
 
 
 class Settings(NamedTuple):
@@ -104,7 +100,7 @@ def perturb(
     Raises:
         ValueError: No feature has a gradient, or a mask or range does not fit.
     """
-    packing = _Packing(features, gradients)
+    packing = Packing(features, gradients)
     x = packing.pack(packing.leaves)
     mask = packing.spread("feature_mask", settings.feature_mask, 1.0)
     free = None if mask is None else mask > 0.0
@@ -189,6 +185,13 @@ def select(features: Features, wanted: Sequence[bool]) -> list[Tensor]:
     return list(itertools.compress(tree.flatten(features), wanted))
 
 
+def to_tensor(leaf: Any) -> Any:
+    """Makes a tensor of an array or a variable; `None` and tensors stay."""
+    if leaf is None or isinstance(leaf, (tf.Tensor, tf.RaggedTensor, tf.SparseTensor)):
+        return leaf
+    return tf.convert_to_tensor(leaf)
+
+
 def align(gradients: Sequence[Tensor], wanted: Sequence[bool]) -> Gradients:
     """Puts the gradients of the wanted leaves in their places, `None` elsewhere."""
     found = iter(gradients)
@@ -231,6 +234,7 @@ def gen_adv_neighbor(
         each neighbour, ones of shape `[batch, 1]` in float32.
 
     Raises:
+        TypeError: `config` is not an `AdvNeighborConfig`.
         ValueError: There is no gradient to follow, an argument that the configuration
             needs is missing, or a mask or range does not fit.
 
@@ -241,6 +245,12 @@ def gen_adv_neighbor(
     >>> neighbor, _ = gen_adv_neighbor(x, loss, config, gradient_tape=tape)
     """
     del use_while_loop
+    if not isinstance(config, AdvNeighborConfig):
+        raise TypeError(
+            "`config` must be an `AdvNeighborConfig`, such as the "
+            "`adv_neighbor_config` of an `AdvRegConfig`. Received: "
+            f"{config!r} (of type {type(config).__name__})"
+        )
     settings = Settings.of(config)
     needs_model = settings.pgd_iterations > 1 or settings.random_init
     if needs_model and (pgd_model_fn is None or pgd_loss_fn is None):
@@ -256,6 +266,13 @@ def gen_adv_neighbor(
         _loss_gradient(labeled_loss, select(input_features, wanted), gradient_tape),
         wanted,
     )
+    if all(gradient is None for gradient in gradients):
+        raise ValueError(
+            "Nothing can be perturbed: `labeled_loss` has no gradient with respect to "
+            "`input_features`. They must be dense float tensors, not NumPy arrays, "
+            "that the loss depends on and that `gradient_tape` watched before the "
+            f"forward pass (`tape.watch`). Received: {describe(input_features)}"
+        )
     if raise_invalid_gradient and any(gradient is None for gradient in gradients):
         raise ValueError(
             "`raise_invalid_gradient` is set, and these features cannot be perturbed, "
@@ -297,6 +314,9 @@ def adversarial_loss(
     outer tape. State that the model updates while the attack looks for a gradient is
     discarded; the final pass updates it as any forward pass does.
 
+    In eager code an outer tape records the attack as well, and memory grows with the
+    iterations. Inside a `tf.function` it does not.
+
     Args:
         features: A tensor, or a nested structure of tensors, whose first axis is the
             batch.
@@ -306,7 +326,7 @@ def adversarial_loss(
             `sample_weights` are given, such as a `keras.losses.Loss`.
         sample_weights: Weights of the examples, as `loss_fn` takes them.
         adv_config: An `AdvRegConfig`, by default `AdvRegConfig()`. Its multiplier is
-            the caller's to apply.
+            the caller's to apply: `multiplier(optimizer.iterations)` if a schedule.
         predictions: `model(features)`, where it is known already.
         labeled_loss: `loss_fn(labels, model(features))`, where it is known already.
         gradient_tape: The `tf.GradientTape` that watched `features` while these were
@@ -317,7 +337,7 @@ def adversarial_loss(
         The loss at the perturbed features, as `loss_fn` gives it.
 
     Raises:
-        TypeError: `adv_config` is not an `AdvRegConfig`.
+        TypeError: `adv_config` is not an `AdvRegConfig`, or `loss_fn` not callable.
         ValueError: There is no gradient to follow, or a mask or range does not fit.
 
     Example:
@@ -336,6 +356,11 @@ def adversarial_loss(
             "`adv_config` must be an `AdvRegConfig`, as `make_adv_reg_config` returns. "
             f"Received: {adv_config!r} (of type {type(adv_config).__name__})"
         )
+    if not callable(loss_fn):
+        raise TypeError(
+            "`loss_fn` must be callable, such as a `keras.losses.Loss`; "
+            f"`keras.losses.get` makes one of a name. Received: {loss_fn!r}"
+        )
     known = predictions is not None or labeled_loss is not None
     if known and gradient_tape is None and tf.executing_eagerly():
         raise ValueError(
@@ -350,7 +375,7 @@ def adversarial_loss(
         return loss_fn(labels, predictions, *weights)
 
     if not known and gradient_tape is None:
-        features = tree.map_structure(_to_tensor, features)
+        features = tree.map_structure(to_tensor, features)
         gradient_tape = tf.GradientTape()
     if labeled_loss is None:
         with _recording(gradient_tape):
@@ -371,114 +396,8 @@ def adversarial_loss(
     return loss_of(labels, model(neighbor))
 
 
-class _Packing:
-    """All features that move, as one `[batch, values]` matrix, and back.
-
-    Joint norms, masks, ranges, projection and sampling then know no structure.
-
-    Args:
-        features: A nested structure of tensors.
-        gradients: One for each leaf; the leaves without any stay what they are.
-    """
-
-    def __init__(self, features: Features, gradients: Gradients) -> None:
-        self.features = features
-        self.leaves = tree.flatten(features)
-        self.moving = [gradient is not None for gradient in gradients]
-        self.tensors = list(itertools.compress(self.leaves, self.moving))
-        if not self.tensors:
-            raise ValueError(
-                "Nothing can be perturbed: only dense float features that the loss "
-                "depends on can, and of the features received none is both. Cast "
-                "quantities that arrive as integers to float32, and check that the "
-                f"gradient reaches the input. Received: {describe(features)}"
-            )
-        for tensor in self.tensors:
-            if not tensor.shape.rank:
-                raise ValueError(
-                    "A perturbed feature needs a known rank and a batch axis first. "
-                    f"Received: {describe(features)}"
-                )
-        self.dtype = keras.backend.result_type(
-            "float32", *(tensor.dtype for tensor in self.tensors)
-        )
-        self.shapes = [ops.shape(tensor) for tensor in self.tensors]
-        self.widths = [_product(shape[1:]) for shape in self.shapes]
-
-    def pack(self, leaves: Sequence[Tensor]) -> Tensor:
-        """Casts and reshapes the leaves that move into one matrix."""
-        rows = [
-            ops.cast(ops.reshape(leaf, (shape[0], width)), self.dtype)
-            for leaf, shape, width in zip(
-                itertools.compress(leaves, self.moving),
-                self.shapes,
-                self.widths,
-                strict=True,
-            )
-        ]
-        return rows[0] if len(rows) == 1 else ops.concatenate(rows, axis=1)
-
-    def unpack(self, matrix: Tensor) -> Features:
-        """Puts the columns back in their leaves, beside those that do not move."""
-        leaves, start = list(self.leaves), 0
-        places = [place for place, move in enumerate(self.moving) if move]
-        for place, tensor, shape, width in zip(
-            places, self.tensors, self.shapes, self.widths, strict=True
-        ):
-            columns = matrix[:, start : start + width]
-            columns = matrix if len(places) == 1 else columns
-            leaves[place] = ops.cast(ops.reshape(columns, shape), tensor.dtype)
-            start = start + width
-        return tree.pack_sequence_as(self.features, leaves)
-
-    def spread(
-        self, name: str, constraint: Constraint, missing: float
-    ) -> Tensor | None:
-        """Lays a mask or a range out in the columns of the matrix.
-
-        Args:
-            name: The argument that errors name.
-            constraint: A number, an array, or a structure of these.
-            missing: What stands for `None`.
-
-        Returns:
-            A scalar or a matrix that broadcasts to `[batch, values]`, or `None` where
-            nothing is constrained.
-        """
-        _check_structure(name, constraint, self.features)
-        values = [
-            _check_shape(name, _lookup(constraint, path), leaf, path)
-            for (path, leaf), move in zip(
-                tree.flatten_with_path(self.features), self.moving, strict=True
-            )
-            if move
-        ]
-        if all(value is None for value in values):
-            return None
-        if not isinstance(constraint, (dict, list, tuple)) and not np.ndim(constraint):
-            return ops.convert_to_tensor(constraint, self.dtype)
-        values = [missing if value is None else value for value in values]
-        values = [ops.convert_to_tensor(value, self.dtype) for value in values]
-        ranks = [tensor.shape.rank for tensor in self.tensors]
-        # Ranges that are the same for all examples are laid out once.
-        shared = all(
-            value.shape.rank < rank or value.shape[0] == 1
-            for value, rank in zip(values, ranks, strict=True)
-        )
-        rows = [
-            ops.reshape(
-                ops.broadcast_to(value, (1 if shared else shape[0], *shape[1:])),
-                (1 if shared else shape[0], width),
-            )
-            for value, shape, width in zip(
-                values, self.shapes, self.widths, strict=True
-            )
-        ]
-        return rows[0] if len(rows) == 1 else ops.concatenate(rows, axis=1)
-
-
 def _bounds(
-    packing: _Packing, settings: Settings, x: Tensor, free: Tensor | None
+    packing: Packing, settings: Settings, x: Tensor, free: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Returns the range of the perturbed input, then that of the displacement.
 
@@ -529,75 +448,10 @@ def _repeat(function: Callable[[Tensor], Tensor], times: int, value: Tensor) -> 
     return value
 
 
-def _check_structure(name: str, constraint: Constraint, features: Features) -> None:
-    """Checks that a structure of constraints names only features that there are."""
-    if not isinstance(constraint, (dict, list, tuple)):
-        return
-    problem = None
-    if isinstance(constraint, dict):
-        if not isinstance(features, Mapping):
-            problem = "is a dictionary, and the features are not"
-        elif unknown := sorted(set(constraint) - set(features)):
-            problem = f"has keys {unknown} that are no features"
-        else:
-            for key, value in constraint.items():
-                _check_structure(f"{name}[{key!r}]", value, features[key])
-    elif not isinstance(features, (list, tuple)):
-        problem = (
-            f"is a {type(constraint).__name__}, and the features are not (numbers that "
-            "belong to one feature are to be a NumPy array)"
-        )
-    elif len(constraint) != len(features):
-        problem = (
-            f"has {len(constraint)} entries, and there are {len(features)} features"
-        )
-    else:
-        for index, (value, feature) in enumerate(
-            zip(constraint, features, strict=True)
-        ):
-            _check_structure(f"{name}[{index}]", value, feature)
-    if problem:
-        raise ValueError(
-            f"`{name}` must be a number, an array, or have the structure of the "
-            f"features. It {problem}. Received: {name}={constraint!r} for features "
-            f"{describe(features)}"
-        )
-
-
-def _lookup(constraint: Constraint, path: Sequence[Any]) -> Constraint:
-    """Finds what a constraint says of the leaf at this path."""
-    for key in path:
-        if isinstance(constraint, dict):
-            constraint = constraint.get(key)
-        elif isinstance(constraint, (list, tuple)):
-            constraint = constraint[key]
-    return constraint
-
-
-def _check_shape(
-    name: str, value: Constraint, leaf: Tensor, path: Sequence[Any]
-) -> Constraint:
-    """Checks that an array broadcasts to its feature without making it larger."""
-    if value is None:
-        return None
-    given, wanted = tuple(np.shape(value)), tuple(leaf.shape)
-    aligned = zip(reversed(given), reversed(wanted), strict=False)
-    # A size that differs from example to example fits no batch of unknown size.
-    if len(given) > len(wanted) or not all(g in (1, w) for g, w in aligned):
-        where = "".join(f" {key!r}" for key in path)
-        raise ValueError(
-            f"`{name}` must broadcast to the feature{where} that it constrains, which "
-            f"has shape {wanted}. Received shape: {given}"
-        )
-    return value
-
-
 def _loss_gradient(
     loss: Tensor, leaves: list[Tensor], tape: tf.GradientTape | None
 ) -> Sequence[Tensor]:
     """The gradient of a loss that is computed already."""
-    if not leaves:
-        return []
     if tape is None:
         if tf.executing_eagerly():
             raise ValueError(
@@ -625,14 +479,6 @@ def _recording(tape: tf.GradientTape | None) -> Any:
     return tape
 
 
-def _to_tensor(leaf: Any) -> Any:
-    return leaf if leaf is None or tf.is_tensor(leaf) else tf.convert_to_tensor(leaf)
-
-
-def _product(sizes: Sequence[Any]) -> Any:
-    return functools.reduce(lambda a, b: a * b, sizes, 1)
-
-
 def _name_leaves(features: Features, chosen: Sequence[bool]) -> list[str]:
     paths = [path for path, _ in tree.flatten_with_path(features)]
     return [
@@ -640,17 +486,3 @@ def _name_leaves(features: Features, chosen: Sequence[bool]) -> list[str]:
         for path, choose in zip(paths, chosen, strict=True)
         if choose
     ]
-
-
-def describe(features: Features) -> str:
-    """Shapes and dtypes of features, for error messages."""
-    return str(
-        tree.map_structure(
-            lambda leaf: (
-                f"{type(leaf).__name__}(shape={leaf.shape}, dtype={leaf.dtype})"
-                if hasattr(leaf, "shape") and hasattr(leaf, "dtype")
-                else type(leaf).__name__
-            ),
-            features,
-        )
-    )

@@ -8,6 +8,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from advreg._extras import import_extra
+
 RIGHT = "green"
 WRONG = "red"
 
@@ -23,14 +25,7 @@ def figure_class() -> type:
     Raises:
         ImportError: The extra `demo` is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "matplotlib is needed to draw figures, and belongs to an extra: "
-            f"pip install 'advreg[demo]'. Received: {error}"
-        ) from error
-    return Figure
+    return import_extra("matplotlib.figure", "demo").Figure
 
 
 def perturbation_grid(

@@ -24,26 +24,14 @@ import numpy as np
 import tensorflow as tf
 
 import advreg
+from advreg.demo import mnist_network
 
 STEP_SIZE, RADIUS, MULTIPLIER = 0.2, 0.2, 0.2
 
 
 def network():
     keras.utils.set_random_seed(0)
-    layers = keras.layers
-    return keras.Sequential(
-        [
-            keras.Input((28, 28, 1)),
-            layers.Conv2D(32, 3, activation="relu"),
-            layers.MaxPooling2D(),
-            layers.Conv2D(64, 3, activation="relu"),
-            layers.MaxPooling2D(),
-            layers.Conv2D(64, 3, activation="relu"),
-            layers.Flatten(),
-            layers.Dense(64, activation="relu"),
-            layers.Dense(10),
-        ]
-    )
+    return mnist_network((28, 28, 1), 10)
 
 
 def compiled(model, jit):

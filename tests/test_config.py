@@ -89,6 +89,7 @@ def test_arrays_are_copied_and_read_only():
         ("adv_step_size", -0.1, ValueError, "not negative.*-0.1"),
         ("adv_step_size", np.nan, ValueError, "finite.*nan"),
         ("adv_step_size", np.inf, ValueError, "finite.*inf"),
+        ("adv_step_size", 10**400, ValueError, "finite"),
         ("adv_step_size", "0.1", TypeError, "number.*'0.1'"),
         ("adv_step_size", True, TypeError, "number.*True"),
         ("adv_step_size", None, TypeError, "number.*None"),

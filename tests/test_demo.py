@@ -51,6 +51,12 @@ class TestSettings:
         assert settings.multiplier == 0.2
         assert settings.radius == settings.adv_step_size == 0.2
 
+    def test_the_radius_suits_the_norm(self):
+        radii = [
+            demo.DemoSettings(adv_grad_norm=norm).radius for norm in ("inf", 2, "l1")
+        ]
+        assert radii == [0.15, 0.7, 3.0]
+
     def test_zero_is_a_value(self):
         settings = demo.DemoSettings(multiplier=0.0, adv_step_size=0.0)
         assert settings.multiplier == 0.0

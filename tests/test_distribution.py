@@ -42,6 +42,12 @@ def train(strategy, random_init=False):
     data = tf.data.Dataset.from_tensor_slices((x, y, weights)).batch(8)
     history = model.fit(data, epochs=2, shuffle=False, verbose=0).history
     evaluated = model.evaluate(data, verbose=0)
+    with strategy.scope() if strategy else contextlib.nullcontext():
+        unbuilt = advreg.AdversarialRegularization(
+            keras.Sequential([keras.layers.Dense(3)]), config)
+        unbuilt.compile("sgd", model.loss)
+    unbuilt.perturb_on_batch(x, y)
+    unbuilt.fit(data, shuffle=False, verbose=0)
     perturbed = model.perturb_on_batch(x, y, random_init=False).tolist()
     return [w.tolist() for w in base.get_weights()], history, evaluated, perturbed
 
@@ -78,10 +84,15 @@ def test_a_seed_leaves_python_s_random_state_alone():
     random.seed(0)
     expected = random.random()
     random.seed(0)
-    first = ReplicaSeedGenerator()
+    seeds = [ReplicaSeedGenerator(name=name) for name in ("a", "a", "b")]
+    drawn_by_keras = random.randint(1, int(1e9))
+    random.seed(0)
+    assert random.randint(1, int(1e9)) == drawn_by_keras
+    random.seed(0)
     assert random.random() == expected
-    second = ReplicaSeedGenerator()
-    assert not np.array_equal(first.state.numpy(), second.state.numpy())
+    states = [int(seed.state.numpy()[0]) for seed in seeds]
+    assert states[0] == states[1]
+    assert len({*states, drawn_by_keras}) == 3
 
 
 def test_a_single_replica_draws_as_keras_does():

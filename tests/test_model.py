@@ -692,6 +692,27 @@ def test_perturbing_changes_nothing(mode):
     np.testing.assert_array_equal(numpy[1], np.random.get_state()[1])
 
 
+def test_the_first_perturbation_changes_nothing_either():
+    class NoisyMemory(layers.Layer):
+        """Random and stateful in inference, too."""
+
+        def __init__(self):
+            super().__init__()
+            self.seed_generator = keras.random.SeedGenerator(1)
+            self.count = self.add_weight(shape=(), trainable=False, name="count")
+
+        def call(self, x):
+            self.count.assign_add(1.0)
+            return keras.random.dropout(x, 0.5, seed=self.seed_generator)
+
+    base = keras.Sequential([keras.Input((6,)), NoisyMemory(), layers.Dense(3)])
+    model = regularized(base)
+    before = state_of(model)
+    model.perturb_on_batch(X, Y)
+    for a, b in zip(before, state_of(model), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_perturbing_runs_in_inference_mode():
     class Mode(layers.Layer):
         def call(self, x, training=False):
@@ -749,6 +770,20 @@ def test_a_sweep_compiles_once():
     assert traces == []
 
 
+def test_calls_of_another_shape_do_not_disturb_each_other():
+    model = regularized(classifier(), make_adv_reg_config(adv_step_size=0.5))
+    masks = [np.ones(6), 1.0, np.ones((12, 6)), np.ones((1, 6)), np.ones(1), None]
+    expected = model.perturb_on_batch(X, Y)
+    for mask in masks:
+        got = model.perturb_on_batch(X, Y, feature_mask=mask)
+        np.testing.assert_allclose(got, expected, atol=1e-6)
+    for labels in (Y[:, None], Y):
+        got = model.perturb_on_batch(X, labels, np.ones(len(Y)))
+        np.testing.assert_allclose(got, expected, atol=1e-6)
+    got = model.perturb_on_batch(X[:5], Y[:5])
+    np.testing.assert_allclose(got, expected[:5], atol=1e-5)
+
+
 def test_recompiling_is_noticed():
     base = linear_base()
     model = regularized(base, make_adv_reg_config(adv_step_size=0.1), "mse")
@@ -787,6 +822,34 @@ def test_what_is_no_feature_comes_back_as_it_went_in():
     assert got["x"].dtype == np.float64
     assert not np.allclose(got["x"], X)
     model.fit(batch, verbose=0)
+
+
+def test_ragged_and_sparse_features_stay_as_they_are():
+    class Base(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(3)
+
+        def build(self, input_shape):
+            self.dense.build((None, 6))
+
+        def call(self, inputs):
+            lengths = ops.cast(inputs["ragged"].row_lengths(), "float32")
+            total = tf.reduce_sum(tf.sparse.to_dense(inputs["sparse"]), axis=1)
+            return self.dense(inputs["x"]) + ops.expand_dims(lengths + total, -1)
+
+    x = {
+        "x": tf.constant(X),
+        "ragged": tf.RaggedTensor.from_row_lengths(tf.ones(24), [2] * 12),
+        "sparse": tf.sparse.from_dense(tf.eye(12)),
+    }
+    model = regularized(Base(), make_adv_reg_config(adv_step_size=0.5))
+    data = tf.data.Dataset.from_tensor_slices((x, Y)).batch(6)
+    history = model.fit(data, shuffle=False, verbose=0).history
+    assert np.isfinite(history["loss"]).all()
+    perturbed = model.perturb_on_batch(x, Y)
+    np.testing.assert_allclose(norms(perturbed["x"] - X, "l2"), 0.5, rtol=1e-5)
+    assert perturbed["ragged"].to_list() == x["ragged"].to_list()
 
 
 def test_rows_of_weight_zero_are_not_perturbed():
@@ -851,6 +914,19 @@ def test_float64_models_stay_float64():
     # Keras computes losses in float32 unless it is told otherwise: directions of a
     # linear model do not notice.
     np.testing.assert_allclose(model.perturb_on_batch(x, y), x_adv, atol=1e-6)
+
+
+def test_inputs_are_cast_by_the_base_alone():
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        cast = layers.Lambda(lambda x: ops.cast(x, "float32"), dtype="float32")
+        base = keras.Sequential([keras.Input((1,)), cast])
+        model = AdversarialRegularization(base)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    x = np.array([[70000.125]], "float32")  # Infinite in float16.
+    np.testing.assert_array_equal(model(x), base(x))
+    np.testing.assert_array_equal(model(x), x)
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
@@ -938,6 +1014,63 @@ def test_the_base_saves_without_advreg(tmp_path):
     )
 
 
+def test_another_config_takes_effect_with_the_next_step():
+    x, y = rows(7, 4), rows(7, seed=1)
+    model = regularized(
+        linear_base(), make_adv_reg_config(0.0), "mse", keras.optimizers.SGD(0.0)
+    )
+    model.train_on_batch(x, y)
+
+    class Switch(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 1:
+                self.model.adv_config = make_adv_reg_config(0.5, adv_step_size=0.0)
+
+    history = model.fit(x, y, epochs=2, callbacks=[Switch()], verbose=0).history
+    off, on = history["scaled_adversarial_loss"]
+    assert off == 0.0
+    np.testing.assert_allclose(on, 0.5 * history["labeled_loss"][1], rtol=1e-6)
+    with pytest.raises(TypeError, match=r"`adv_config` must be an `AdvRegConfig`"):
+        model.adv_config = {"multiplier": 0.5}
+
+
+@pytest.mark.parametrize("kind", ["sequential", "subclassed", "own build"])
+def test_built_from_a_shape_it_loads_weights(kind, tmp_path):
+    class OwnBuild(Subclassed):
+        def build(self, input_shape):
+            self.dense.build(input_shape)
+
+        def call(self, inputs):
+            return self.dense(inputs)
+
+    def make():
+        base = {
+            "sequential": lambda: keras.Sequential([layers.Dense(3)]),
+            "subclassed": Subclassed,
+            "own build": OwnBuild,
+        }[kind]()
+        return regularized(base)
+
+    model, other = make(), make()
+    model.fit(X, Y, verbose=0)
+    model.save_weights(tmp_path / "model.weights.h5")
+    other.build((None, 6))
+    assert len(other.trainable_weights) == 2
+    other.optimizer.build(other.trainable_weights)
+    other.load_weights(tmp_path / "model.weights.h5")
+    np.testing.assert_array_equal(
+        model.predict(X, verbose=0), other.predict(X, verbose=0)
+    )
+
+
+def test_exports_the_base(tmp_path):
+    model = regularized(classifier())
+    model.fit(X, Y, verbose=0)
+    model.export(tmp_path / "served", verbose=False)
+    served = tf.saved_model.load(tmp_path / "served")
+    np.testing.assert_allclose(served.serve(X), model.predict(X, verbose=0), rtol=1e-5)
+
+
 # --- Errors
 
 
@@ -949,6 +1082,8 @@ def test_bases_that_are_no_keras_model():
         TypeError, match=r"`tf_keras` model is of Keras 2.*import keras"
     ):
         AdversarialRegularization(legacy())
+    with pytest.raises(ValueError, match=r"`sample_weight_key` must not.*'label'"):
+        AdversarialRegularization(classifier(), sample_weight_key="label")
     with pytest.raises(ValueError, match="regularised already"):
         AdversarialRegularization(AdversarialRegularization(classifier()))
 
@@ -968,6 +1103,9 @@ def test_a_base_with_a_step_of_its_own_is_warned_about():
         ({"adv_config": {"multiplier": 0.1}}, "adv_config.*AdvRegConfig.*multiplier"),
         ({"label_keys": "label"}, "label_keys.*'label'"),
         ({"label_keys": [1]}, r"label_keys.*\[1\]"),
+        ({"label_keys": None}, "label_keys.*None"),
+        ({"base_with_labels_in_features": "x"}, "base_with_labels_in_features.*'x'"),
+        ({"multiplier": 1, "adv_step_size": 1}, r"make_adv_reg_config.*\['adv_step"),
         ({"sample_weight_key": 3}, "sample_weight_key.*3"),
     ],
 )
@@ -1001,6 +1139,23 @@ def test_missing_labels(mode):
     several.compile("sgd", cross_entropy(), **mode)
     with pytest.raises(ValueError, match=r"\('a', 'b'\).*\['x', 'a'\]"):
         several.fit({"x": X, "a": Y}, verbose=0)
+
+
+def test_a_weight_key_beside_labels():
+    # A base that declares its inputs leaves no doubt; any other takes all features.
+    weights = np.linspace(0, 1, 12).astype("float32")
+    losses = []
+    for x, sample_weight in [({"x": X, "w": weights}, None), (X, weights)]:
+        keras.utils.set_random_seed(0)
+        model = AdversarialRegularization(classifier(), sample_weight_key="w")
+        model.compile("sgd", cross_entropy())
+        losses.append(model.train_on_batch(x, Y, sample_weight)[0])
+    assert losses[0] == pytest.approx(losses[1])
+    base = Subclassed()
+    model = AdversarialRegularization(base, sample_weight_key="w")
+    model.compile("sgd", cross_entropy())
+    model.fit({"x": X, "w": LEFT}, Y, verbose=0)
+    assert base.received == {"x": 0, "w": 0}
 
 
 def test_sample_weights_given_twice():
@@ -1057,6 +1212,15 @@ def test_constraints_that_do_not_fit(field, value, message, mode):
     fitting = regularized(model.base_model)
     with pytest.raises(ValueError, match=f"(?s)`{field}.*{message}"):
         fitting.perturb_on_batch({"x": X, "label": Y}, **{field: value})
+
+
+def test_perturbing_takes_one_batch_outside_of_graphs():
+    model = regularized(classifier())
+    data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(4)
+    with pytest.raises(TypeError, match=r"`x` must be one batch.*BatchDataset"):
+        model.perturb_on_batch(data)
+    with pytest.raises(RuntimeError, match=r"gen_adv_neighbor"):
+        data.map(lambda x, y: model.perturb_on_batch(x, y))
 
 
 def test_unknown_and_wrong_overrides():

@@ -81,6 +81,9 @@ def test_stays_in_the_ball_and_the_range_and_behind_the_mask(
     )
     d = follow(x, slope, config, keras.random.SeedGenerator(seed))
     rounding = np.finfo(dtype).eps * 2
+    x_adv = (x.astype("float64") + d).astype(dtype)  # What came back, bit for bit.
+    assert (x_adv >= np.array(low, dtype)).all()
+    assert (x_adv <= np.array(high, dtype)).all()
     assert np.isfinite(d).all()
     assert (norms(d, norm) <= radius + values * rounding).all()
     assert (x + d >= low - rounding).all()
@@ -225,6 +228,18 @@ def test_arrays_may_differ_from_example_to_example():
     np.testing.assert_allclose(
         FEATURES["image"] + d["image"], np.broadcast_to(high, (3, 2, 2))
     )
+
+
+def test_what_is_said_of_a_feature_must_fit_even_if_it_does_not_move():
+    for field in ("feature_mask", "clip_value_min"):
+        with pytest.raises(ValueError, match=rf"`{field}`.*'id'.*\(3,\).*\(7,\)"):
+            perturb_structure(AdvNeighborConfig(**{field: {"id": np.zeros(7)}}))
+    # What is said of all features has to fit those that move.
+    x = {"a": tf.ones((3, 4)), "id": tf.constant([[1], [2], [3]])}
+    slopes = [tf.ones((3, 4)), None]
+    config = AdvNeighborConfig(feature_mask=np.array([0, 0, 0, 1]), adv_step_size=1.0)
+    x_adv = perturb(x, slopes, lambda _: slopes, Settings.of(config))
+    np.testing.assert_allclose(x_adv["a"], [[1, 1, 1, 2]] * 3)
 
 
 def test_fractions_in_a_mask_weigh_the_gradient():
@@ -500,18 +515,34 @@ def test_model_kwargs_reach_the_model_and_statistics_move_twice():
     np.testing.assert_allclose(mean, 0.75 * np.mean(x, axis=0), rtol=1e-5, atol=1e-6)
 
 
-def test_the_perturbation_is_a_constant_to_outer_tapes():
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_the_perturbation_is_a_constant_to_outer_tapes(graph, iterations):
     x, y, _ = (tf.constant(a) for a in data())
     model = linear_model()
-    config = AdvNeighborConfig(adv_step_size=0.3)
-    with tf.GradientTape(persistent=True) as outer:
-        outer.watch(x)
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            loss = loss_fn(y, model(x))
-        neighbor, _ = gen_adv_neighbor(x, loss, config, gradient_tape=tape)
-    np.testing.assert_allclose(outer.gradient(neighbor, x), np.ones((6, 4)))
-    assert outer.gradient(neighbor, model.trainable_variables[0]) is None
+    config = AdvNeighborConfig(adv_step_size=0.3, pgd_iterations=iterations)
+
+    def gradients(x, y):
+        with tf.GradientTape(persistent=True) as outer:
+            outer.watch(x)
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                loss = loss_fn(y, model(x))
+            neighbor, _ = gen_adv_neighbor(
+                x,
+                loss,
+                config,
+                gradient_tape=tape,
+                pgd_model_fn=model,
+                pgd_loss_fn=loss_fn,
+                pgd_labels=y,
+            )
+        kernel = model.trainable_variables[0]
+        return outer.gradient(neighbor, x), outer.gradient(neighbor, kernel)
+
+    by_input, by_weight = (tf.function(gradients) if graph else gradients)(x, y)
+    np.testing.assert_allclose(by_input, np.ones((6, 4)))
+    assert by_weight is None
 
 
 def test_errors_of_custom_loops():
@@ -525,6 +556,10 @@ def test_errors_of_custom_loops():
         adversarial_loss(x, y, model, loss_fn, labeled_loss=loss)
     with pytest.raises(TypeError, match=r"`adv_config` must be an `AdvRegConfig`"):
         adversarial_loss(x, y, model, loss_fn, adv_config=config)
+    with pytest.raises(TypeError, match=r"`config` must be an `AdvNeighborConfig`"):
+        gen_adv_neighbor(x, loss, make_adv_reg_config())
+    with pytest.raises(TypeError, match=r"`loss_fn` must be callable.*'mse'"):
+        adversarial_loss(x, y, model, "mse")
     with tf.GradientTape() as tape:
         tape.watch(x)
         loss = loss_fn(y, model(x))
@@ -539,12 +574,14 @@ def test_errors_of_custom_loops():
         gen_adv_neighbor(x, loss, AdvNeighborConfig(adv_step_size=schedule))
 
 
-def test_a_tape_that_watched_something_else():
-    x, y, _ = (tf.constant(a) for a in data())
+@pytest.mark.parametrize("numpy", [False, True])
+def test_a_tape_that_watched_something_else(numpy):
+    x, y, _ = data()
+    x = x if numpy else tf.constant(x)
     model = linear_model()
     with tf.GradientTape() as tape:
         loss = loss_fn(y, model(x))
-    with pytest.raises(ValueError, match=r"Nothing can be perturbed.*\(6, 4\)"):
+    with pytest.raises(ValueError, match=r"not NumPy arrays.*tape.watch.*\(6, 4\)"):
         gen_adv_neighbor(x, loss, AdvNeighborConfig(), gradient_tape=tape)
 
 
