@@ -79,7 +79,8 @@ def test_the_example_of_the_readme_runs_as_it_stands(tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(compile(example, "README.md", "exec"), names)
-    assert (tmp_path / "robust.keras").exists()
-    plain = names["model"].evaluate(names["x"], names["y"], verbose=0)[1]
-    assert plain > 0.9
-    assert "accuracy" in capsys.readouterr().out
+    model, x, y, x_adv = (names[name] for name in ("model", "x", "y", "x_adv"))
+    assert model.evaluate(x, y, verbose=0)[1] > 0.95
+    # Plain training of this network leaves a third.
+    assert model.evaluate(x_adv, y, verbose=0)[1] > 0.7
+    assert "clean, then perturbed: [" in capsys.readouterr().out
