@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -10,6 +11,24 @@ from hypothesis import settings
 settings.register_profile("default", deadline=None, max_examples=50)
 settings.register_profile("nightly", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+SHARED = Path(__file__).parents[2] / "shared" / "tensorflow_datasets"
+
+
+@pytest.fixture
+def mnist_dir(monkeypatch):
+    """Lets TFDS find MNIST, where somebody has downloaded it."""
+    directory = Path(os.environ.get("TFDS_DATA_DIR", SHARED))
+    if not (directory / "mnist").is_dir():
+        pytest.skip(f"MNIST is not in {directory}, and tests do not download")
+    tfds = pytest.importorskip("tensorflow_datasets")
+    # TFDS reads TFDS_DATA_DIR once, when it is imported.
+    builder = tfds.builder
+    monkeypatch.setattr(
+        tfds, "builder", lambda name: builder(name, data_dir=str(directory))
+    )
+    return directory
 
 
 @pytest.fixture(autouse=True)

@@ -1,29 +1,10 @@
-import os
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from advreg import datasets
-
-SHARED = Path(__file__).parents[2] / "shared" / "tensorflow_datasets"
-
-
-@pytest.fixture
-def mnist_dir(monkeypatch):
-    """Lets TFDS find MNIST, where somebody has downloaded it."""
-    directory = Path(os.environ.get("TFDS_DATA_DIR", SHARED))
-    if not (directory / "mnist").is_dir():
-        pytest.skip(f"MNIST is not in {directory}, and tests do not download")
-    tfds = pytest.importorskip("tensorflow_datasets")
-    # TFDS reads TFDS_DATA_DIR once, when it is imported.
-    builder = tfds.builder
-    monkeypatch.setattr(
-        tfds, "builder", lambda name: builder(name, data_dir=str(directory))
-    )
-    return directory
 
 
 class TestDigits:
