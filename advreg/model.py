@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -148,13 +149,15 @@ class AdversarialRegularization(keras.Model):
         shapes = self._base_inputs(self._without_labels(input_shape))
         if type(self.base_model).build is not keras.layers.Layer.build:
             self.base_model.build(shapes)
-        else:  # Nothing but a call says what this model is made of.
-            dtype = self.base_model.input_dtype
-            self.base_model(
-                tree.map_shape_structure(
-                    lambda shape: keras.KerasTensor(shape, dtype=dtype), shapes
-                )
-            )
+            return
+        # Nothing but a call says what this model is made of. Where it does not take
+        # symbolic floats, its first batch will build it.
+        dtype = self.base_model.input_dtype
+        symbols = tree.map_shape_structure(
+            lambda shape: keras.KerasTensor(shape, dtype=dtype), shapes
+        )
+        with contextlib.suppress(Exception):
+            self.base_model(symbols)
 
     def call(self, inputs: Features, training: bool | None = None) -> Any:
         """Calls the base model; labels in a dictionary of inputs are left out."""

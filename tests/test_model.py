@@ -1063,6 +1063,31 @@ def test_built_from_a_shape_it_loads_weights(kind, tmp_path):
     )
 
 
+def test_called_before_it_is_built():
+    class OneHot(keras.Model):
+        """Takes integers alone, and cannot be traced on floats."""
+
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(3)
+
+        def call(self, inputs):
+            assert "int" in inputs["id"].dtype.name
+            hot = ops.one_hot(inputs["id"], 9)
+            return self.dense(ops.concatenate([hot, inputs["x"]], axis=-1))
+
+    for base, x in [
+        (keras.Sequential([layers.Dense(3)]), {"image": X, "label": Y}),
+        (Subclassed(), {"a": LEFT, "b": RIGHT, "label": Y}),
+        (OneHot(), {"id": Y, "x": X, "label": Y}),
+    ]:
+        model = regularized(base)
+        called = model(x)
+        assert called.shape == (12, 3)
+        np.testing.assert_allclose(called, model.predict(x, verbose=0), rtol=1e-5)
+        assert np.isfinite(model.train_on_batch(x)).all()
+
+
 def test_exports_the_base(tmp_path):
     model = regularized(classifier())
     model.fit(X, Y, verbose=0)
