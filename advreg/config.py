@@ -172,9 +172,9 @@ class AdvRegConfig(_Config):
     Args:
         multiplier: Weight of the adversarial loss in the total: a non-negative
             number, or a `LearningRateSchedule` over the optimizer's iterations, whose
-            values are taken as they come, negative ones too. The
-            number 0 turns adversarial training off and costs nothing; a schedule that
-            happens to be at 0 still pays for the adversarial pass.
+            values are taken as they come, negative ones too. The number 0 turns
+            adversarial training off and costs nothing; a schedule that happens to be
+            at 0 still pays for the adversarial pass.
         adv_neighbor_config: An `AdvNeighborConfig`.
 
     Raises:
@@ -196,6 +196,25 @@ class AdvRegConfig(_Config):
                 "`adv_neighbor_config` must be an `AdvNeighborConfig`. Received: "
                 f"{_show(self.adv_neighbor_config)}"
             )
+
+
+def check_adv_config(value: Any) -> AdvRegConfig:
+    """Returns the argument `adv_config` of a public function, checked.
+
+    Args:
+        value: An `AdvRegConfig`, or `None` for `AdvRegConfig()`.
+
+    Raises:
+        TypeError: It is neither.
+    """
+    if value is None:
+        return AdvRegConfig()
+    if not isinstance(value, AdvRegConfig):
+        raise TypeError(
+            "`adv_config` must be an `AdvRegConfig`, as `make_adv_reg_config` returns. "
+            f"Received: {_show(value)}"
+        )
+    return value
 
 
 def make_adv_reg_config(
@@ -315,6 +334,7 @@ def _constraint(name: str, value: Any) -> Constraint:
         array = np.array(value)
         if not np.issubdtype(array.dtype, np.floating):
             array = array.astype("float64", casting="safe")
+    # Symbolic tensors have no values, and say so by a NotImplementedError.
     except (TypeError, ValueError, NotImplementedError):
         raise TypeError(
             f"`{name}` must hold numbers whose values are known. Received: "

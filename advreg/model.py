@@ -13,7 +13,12 @@ import keras
 import tensorflow as tf
 from keras import ops, tree
 
-from advreg.config import AdvNeighborConfig, AdvRegConfig, Schedule
+from advreg.config import (
+    AdvNeighborConfig,
+    AdvRegConfig,
+    Schedule,
+    check_adv_config,
+)
 from advreg.distribution import ReplicaSeedGenerator, unscale_loss
 from advreg.geometry import Tensor
 from advreg.packing import Features, Gradients, describe
@@ -101,7 +106,7 @@ class AdversarialRegularization(keras.Model):
         self.supports_masking = True
         self.autocast = False  # The base casts its inputs itself, where it does.
         self.base_model = base_model
-        self.adv_config = AdvRegConfig() if adv_config is None else adv_config
+        self.adv_config = check_adv_config(adv_config)
         self.label_keys = tuple(label_keys)
         self.sample_weight_key = sample_weight_key
         self.base_with_labels_in_features = base_with_labels_in_features
@@ -123,12 +128,7 @@ class AdversarialRegularization(keras.Model):
 
     @adv_config.setter
     def adv_config(self, value: AdvRegConfig) -> None:
-        if not isinstance(value, AdvRegConfig):
-            raise TypeError(
-                "`adv_config` must be an `AdvRegConfig`, as `make_adv_reg_config` "
-                f"returns. Received: {value!r} (of type {type(value).__name__})"
-            )
-        self._adv_config = value
+        self._adv_config = check_adv_config(value)
         if self.train_function is not None:
             self.make_train_function(force=True)
 

@@ -23,6 +23,7 @@ from advreg.config import (
     Constraint,
     NormType,
     Schedule,
+    check_adv_config,
 )
 from advreg.geometry import Tensor, project, sample_unit_ball, steepest_direction
 from advreg.packing import Features, Gradients, Packing, describe
@@ -350,12 +351,7 @@ def adversarial_loss(
     ...         gradient_tape=input_tape)
     >>> gradients = tape.gradient(loss, model.trainable_variables)
     """
-    adv_config = AdvRegConfig() if adv_config is None else adv_config
-    if not isinstance(adv_config, AdvRegConfig):
-        raise TypeError(
-            "`adv_config` must be an `AdvRegConfig`, as `make_adv_reg_config` returns. "
-            f"Received: {adv_config!r} (of type {type(adv_config).__name__})"
-        )
+    adv_config = check_adv_config(adv_config)
     if not callable(loss_fn):
         raise TypeError(
             "`loss_fn` must be callable, such as a `keras.losses.Loss`; "

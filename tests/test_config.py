@@ -4,6 +4,7 @@ import json
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import advreg
 from advreg import AdvNeighborConfig, AdvRegConfig, NormType, make_adv_reg_config
@@ -231,3 +232,13 @@ def test_registered_names():
     assert (
         keras.saving.get_registered_name(advreg.AdvRegConfig) == "advreg>AdvRegConfig"
     )
+
+
+def test_constraints_have_values():
+    @tf.function
+    def make(mask):
+        AdvNeighborConfig(feature_mask=mask)
+
+    with pytest.raises(TypeError, match=r"`feature_mask`.*values are known"):
+        make(tf.ones(3))
+    assert AdvNeighborConfig(feature_mask=tf.ones(3)).feature_mask.tolist() == [1, 1, 1]

@@ -283,7 +283,7 @@ class TestRun:
         settings = self.settings(tmp_path, multiplier=0.0)
         networks = demo.run(settings, verbose=0).networks
         plain, regularised = (dataclasses.astuple(r)[:-1] for r in networks.values())
-        np.testing.assert_allclose(plain, regularised, atol=0.02)
+        assert plain == regularised
 
     def test_radius_zero_is_clean(self, few_digits, tmp_path):
         settings = self.settings(tmp_path, adv_step_size=0.0)

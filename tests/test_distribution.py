@@ -47,7 +47,7 @@ def train(strategy, random_init=False):
             keras.Sequential([keras.layers.Dense(3)]), config)
         unbuilt.compile("sgd", model.loss)
     unbuilt.perturb_on_batch(x, y)
-    unbuilt.fit(data, shuffle=False, verbose=0)
+    unbuilt.fit({"x": x, "label": y}, verbose=0)  # Labels inside, as in NSL.
     perturbed = model.perturb_on_batch(x, y, random_init=False).tolist()
     return [w.tolist() for w in base.get_weights()], history, evaluated, perturbed
 
@@ -77,7 +77,7 @@ def test_two_replicas_train_like_one_and_draw_different_noise(iterations):
         # Plain models of older versions report other logs under replicas, too.
         one, two = one[::3], two[::3]
     for a, b in zip(keras.tree.flatten(one), keras.tree.flatten(two), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_a_seed_leaves_python_s_random_state_alone():

@@ -347,6 +347,43 @@ def test_forward_passes_of_a_step(iterations, random_init, expected):
     assert len(passes) == 2
 
 
+@pytest.mark.parametrize(
+    ("arguments", "iterations", "expected"),
+    [
+        ({}, 1, 2),
+        ({}, 4, 5),
+        ({"kernel_regularizer": "l2"}, 1, 2),
+        # What depends on the input must not steer the attack: one more pass.
+        ({"activity_regularizer": "l2"}, 1, 3),
+    ],
+)
+def test_backward_passes_of_a_step(arguments, iterations, expected):
+    passes = []
+
+    @tf.custom_gradient
+    def counted(x):
+        def backward(gradient):
+            passes.append(1)
+            return gradient
+
+        return tf.identity(x), backward
+
+    class Counting(layers.Layer):
+        def call(self, x):
+            return counted(x)
+
+    # Behind weights, so that each backward pass goes through it, for whatever gradient.
+    base = keras.Sequential(
+        [keras.Input((6,)), layers.Dense(3, **arguments), Counting()]
+    )
+    config = make_adv_reg_config(pgd_iterations=iterations)
+    model = regularized(base, config, run_eagerly=True)
+    model.train_on_batch(X, Y)
+    passes.clear()
+    model.train_on_batch(X, Y)
+    assert len(passes) == expected
+
+
 # --- Every form of data
 
 
@@ -913,7 +950,7 @@ def test_float64_models_stay_float64():
     x_adv, *_ = linear_step(x, y, np.ones(7), "l2", 4)
     # Keras computes losses in float32 unless it is told otherwise: directions of a
     # linear model do not notice.
-    np.testing.assert_allclose(model.perturb_on_batch(x, y), x_adv, atol=1e-6)
+    np.testing.assert_allclose(model.perturb_on_batch(x, y), x_adv, atol=1e-12)
 
 
 def test_inputs_are_cast_by_the_base_alone():

@@ -1,4 +1,5 @@
 import keras
+import ml_dtypes
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -39,7 +40,7 @@ def follow(x, slope, config, seed=None):
 
 @given(
     norm=st.sampled_from(NORMS),
-    dtype=st.sampled_from(["float16", "float32", "float64"]),
+    dtype=st.sampled_from(["float16", "bfloat16", "float32", "float64"]),
     batch=st.integers(1, 3),
     values=st.integers(1, 6),
     iterations=st.integers(1, 4),
@@ -66,6 +67,7 @@ def test_stays_in_the_ball_and_the_range_and_behind_the_mask(
     seed,
 ):
     rng = np.random.default_rng(seed)
+    dtype = tf.as_dtype(dtype).as_numpy_dtype  # NumPy alone has no bfloat16.
     x = rng.uniform(low, high, (batch, values)).astype(dtype)
     slope = rng.normal(size=(batch, values)) * rng.integers(0, 2, (batch, 1))
     mask = np.array(mask[:values])
@@ -80,7 +82,7 @@ def test_stays_in_the_ball_and_the_range_and_behind_the_mask(
         random_init=random_init,
     )
     d = follow(x, slope, config, keras.random.SeedGenerator(seed))
-    rounding = np.finfo(dtype).eps * 2
+    rounding = float(ml_dtypes.finfo(dtype).eps) * 2
     x_adv = (x.astype("float64") + d).astype(dtype)  # What came back, bit for bit.
     assert (x_adv >= np.array(low, dtype)).all()
     assert (x_adv <= np.array(high, dtype)).all()
