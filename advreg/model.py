@@ -7,12 +7,13 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any
 
 import keras
 import tensorflow as tf
 from keras import ops, tree
 
+from advreg.batches import BatchForm
 from advreg.config import (
     AdvNeighborConfig,
     AdvRegConfig,
@@ -21,7 +22,7 @@ from advreg.config import (
 )
 from advreg.distribution import ReplicaSeedGenerator, unscale_loss
 from advreg.geometry import Tensor
-from advreg.packing import Features, Gradients, describe
+from advreg.packing import Features, Gradients
 from advreg.perturbation import (
     Settings,
     align,
@@ -98,18 +99,16 @@ class AdversarialRegularization(keras.Model):
         **kwargs: Any,
     ) -> None:
         _check_base(base_model)
-        _check_arguments(
-            label_keys, sample_weight_key, base_with_labels_in_features, kwargs
-        )
+        _check_keywords(kwargs)
         kwargs.setdefault("dtype", base_model.dtype_policy)
         super().__init__(**kwargs)
         self.supports_masking = True
         self.autocast = False  # The base casts its inputs itself, where it does.
         self.base_model = base_model
         self.adv_config = check_adv_config(adv_config)
-        self.label_keys = tuple(label_keys)
-        self.sample_weight_key = sample_weight_key
-        self.base_with_labels_in_features = base_with_labels_in_features
+        self._form = BatchForm(
+            base_model, label_keys, sample_weight_key, base_with_labels_in_features
+        )
         self._labeled_loss_tracker = keras.metrics.Mean(name="labeled_loss")
         self._adversarial_loss_tracker = keras.metrics.Mean(
             name="scaled_adversarial_loss"
@@ -133,6 +132,21 @@ class AdversarialRegularization(keras.Model):
             self.make_train_function(force=True)
 
     @property
+    def label_keys(self) -> Sequence[str]:
+        """Keys of the labels in dictionary inputs."""
+        return self._form.label_keys
+
+    @property
+    def sample_weight_key(self) -> str | None:
+        """Key of the sample weights in dictionary inputs."""
+        return self._form.sample_weight_key
+
+    @property
+    def base_with_labels_in_features(self) -> bool:
+        """Whether the base model receives labels in a dictionary as inputs too."""
+        return self._form.base_with_labels_in_features
+
+    @property
     def output_names(self) -> list[str]:
         """The base model's, so that metrics carry the names that it gives them."""
         return self.base_model.output_names
@@ -146,7 +160,7 @@ class AdversarialRegularization(keras.Model):
         """
         if self.base_model.built:
             return
-        shapes = self._base_inputs(self._without_labels(input_shape))
+        shapes = self._form.base_inputs(self._form.features(input_shape))
         if type(self.base_model).build is not keras.layers.Layer.build:
             self.base_model.build(shapes)
             return
@@ -161,14 +175,16 @@ class AdversarialRegularization(keras.Model):
 
     def call(self, inputs: Features, training: bool | None = None) -> Any:
         """Calls the base model; labels in a dictionary of inputs are left out."""
-        return self._forward(self._without_labels(inputs), training)
+        return self._forward(self._form.features(inputs), training)
 
     def train_step(self, data: Any) -> dict[str, Tensor]:
         """Takes one step: clean pass, attack, adversarial pass, one update."""
-        x, y, sample_weight = self._unpack(data, need_labels=True)
+        x, y, sample_weight = self._unpack_labelled(data)
         x = tree.map_structure(to_tensor, x)
         regularize = self._multiplier_is_not_zero()
-        wanted = [regularize and can for can in differentiable(x, self._fixed_keys())]
+        wanted = [
+            regularize and can for can in differentiable(x, self._form.fixed_keys)
+        ]
 
         y_pred, labeled_loss, loss, gradients, input_grads = self._clean_pass(
             x, y, sample_weight, wanted
@@ -204,7 +220,7 @@ class AdversarialRegularization(keras.Model):
 
     def test_step(self, data: Any) -> dict[str, Tensor]:
         """Evaluates a batch as the base model does: clean, one forward pass."""
-        x, y, sample_weight = self._unpack(data, need_labels=True)
+        x, y, sample_weight = self._unpack_labelled(data)
         y_pred = self._forward(x, training=False)
         labeled_loss = self._compile_loss(y, y_pred, sample_weight)
         loss = self._total_loss(labeled_loss, self.losses)
@@ -215,7 +231,7 @@ class AdversarialRegularization(keras.Model):
 
     def predict_step(self, data: Any) -> Any:
         """Predicts a batch, with or without labels in it."""
-        x, _, _ = self._unpack(data)
+        x, _, _ = self._form.unpack(data)
         return self._forward(x, training=False)
 
     def compute_loss(
@@ -227,14 +243,14 @@ class AdversarialRegularization(keras.Model):
         training: bool = True,
     ) -> Tensor:
         """Computes the clean loss of a batch, whichever way its labels came."""
-        x, y, sample_weight = self._unpack((x, y, sample_weight))
+        x, y, sample_weight = self._form.unpack((x, y, sample_weight))
         return super().compute_loss(x, y, y_pred, sample_weight, training)
 
     def compute_metrics(
         self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None
     ) -> dict[str, Tensor]:
         """Updates the compiled metrics, whichever way the labels came."""
-        x, y, sample_weight = self._unpack((x, y, sample_weight))
+        x, y, sample_weight = self._form.unpack((x, y, sample_weight))
         return super().compute_metrics(x, y, y_pred, sample_weight)
 
     def get_metrics_result(self) -> dict[str, Tensor]:
@@ -298,7 +314,7 @@ class AdversarialRegularization(keras.Model):
                 "`perturb_on_batch` follows the gradient of the compiled loss. Call "
                 "`compile(loss=...)` first. Received: a model that is not compiled"
             )
-        batch = self._unpack((x, y, sample_weight), need_labels=True)
+        batch = self._unpack_labelled((x, y, sample_weight))
         features, labels, weights = (
             tree.map_structure(to_tensor, part) for part in batch
         )
@@ -309,7 +325,7 @@ class AdversarialRegularization(keras.Model):
         perturbed = tree.map_structure(_to_numpy, perturbed)
         if not isinstance(x, Mapping):
             return perturbed
-        kept = self._fixed_keys()
+        kept = self._form.fixed_keys
         return {
             key: perturbed[key] if key in perturbed and key not in kept else value
             for key, value in x.items()
@@ -406,95 +422,21 @@ class AdversarialRegularization(keras.Model):
 
     def _forward(self, features: Features, training: bool | None) -> Any:
         """Runs the base model on features from which the labels have been taken."""
-        outputs = self.base_model(self._base_inputs(features), training=training)
+        outputs = self.base_model(self._form.base_inputs(features), training=training)
         self.built = True
         return outputs
 
-    def _base_inputs(self, features: Features) -> Any:
-        """Gives the base model its inputs in the structure that it declares."""
-        if not isinstance(features, Mapping):
-            return features
-        declared = getattr(self.base_model, "_inputs_struct", None)
-        single = isinstance(self.base_model, keras.Sequential) or (
-            declared is not None and len(tree.flatten(declared)) == 1
-        )
-        if single and len(features) == 1 and not isinstance(declared, Mapping):
-            return next(iter(features.values()))
-        if isinstance(declared, Mapping) and set(declared) < set(features):
-            return {key: features[key] for key in declared}
-        return features
-
-    def _declared_names(self) -> set[str]:
-        """The names of the inputs that the base model declares, if it does."""
-        declared = getattr(self.base_model, "_inputs_struct", None)
-        if isinstance(declared, Mapping):
-            return set(declared)
-        if declared is None and isinstance(self.base_model, keras.Sequential):
-            declared = self.base_model.inputs if self.base_model.built else None
-        return {tensor.name for tensor in tree.flatten(declared) if tensor is not None}
-
-    def _unpack(
-        self, data: Any, need_labels: bool = False
-    ) -> tuple[Features, Any, Any]:
-        """Takes a batch apart into features, labels and sample weights."""
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        received = x
-        if isinstance(x, Mapping):
-            inputs = self._declared_names()
-            weight_key = self.sample_weight_key
-            # Beside a `y`, a base that declares no inputs takes all keys as features.
-            if weight_key in x and weight_key not in inputs and (inputs or y is None):
-                if sample_weight is not None:
-                    raise ValueError(
-                        "Sample weights must come once. Received: `sample_weight`, and "
-                        f"the key {weight_key!r} (the `sample_weight_key`) in `x`"
-                    )
-                sample_weight = x[weight_key]
-                x = {key: x[key] for key in x if key != weight_key}
-            if y is None:
-                y, x = self._take_labels(x, inputs)
-        if need_labels and self._compile_loss is None:
+    def _unpack_labelled(self, data: Any) -> tuple[Features, Any, Any]:
+        """Takes a batch apart that a loss is to be computed of."""
+        if self._compile_loss is None:
             raise ValueError(
                 "Adversarial regularisation perturbs inputs so that the compiled loss "
                 "grows: `compile` needs a `loss`. Received: loss=None"
             )
-        if need_labels and y is None:
-            self._raise_missing_labels(received)
+        x, y, sample_weight = self._form.unpack(data)
+        if y is None:
+            self._form.raise_missing_labels(data)
         return x, y, sample_weight
-
-    def _raise_missing_labels(self, x: Any) -> NoReturn:
-        message = (
-            "Labels are missing: pass them as `y`, or in a dictionary `x` under the "
-            f"`label_keys` {self.label_keys}."
-        )
-        if not isinstance(x, Mapping):
-            raise ValueError(f"{message} Received: x={describe(x)} and y=None")
-        if set(self.label_keys) & self._declared_names() & set(x):
-            message += (
-                " A key that the base model declares as an input holds labels only "
-                "with `base_with_labels_in_features=True`."
-            )
-        raise ValueError(f"{message} Received: x with the keys {list(x)} and y=None")
-
-    def _take_labels(self, x: Features, inputs: set[str]) -> tuple[Any, Features]:
-        """Splits a dictionary into labels, `None` if some are missing, and features."""
-        if not self.base_with_labels_in_features:
-            keys = [key for key in self.label_keys if key in x and key not in inputs]
-            features = {key: x[key] for key in x if key not in keys}
-        else:
-            keys = [key for key in self.label_keys if key in x]
-            features = x
-        if not keys or len(keys) < len(self.label_keys):
-            return None, features
-        labels = [x[key] for key in keys]
-        return labels[0] if len(labels) == 1 else labels, features
-
-    def _without_labels(self, inputs: Features) -> Features:
-        return self._unpack((inputs,))[0]
-
-    def _fixed_keys(self) -> tuple[str, ...]:
-        """Keys of features that are not to move, because they are labels too."""
-        return self.label_keys if self.base_with_labels_in_features else ()
 
     def _total_loss(self, labeled_loss: Tensor, losses: Sequence[Tensor]) -> Tensor:
         """Adds the base model's own losses, in the way of `Model.compute_loss`."""
@@ -553,7 +495,7 @@ class AdversarialRegularization(keras.Model):
         def function(
             features: Features, labels: Any, weights: Any, settings: Settings
         ) -> Features:
-            wanted = differentiable(features, self._fixed_keys())
+            wanted = differentiable(features, self._form.fixed_keys)
             gradient_at = self._gradient_function(labels, weights, wanted, False)
             gradients = gradient_at(features)
             return perturb(
@@ -585,30 +527,8 @@ class AdversarialRegularization(keras.Model):
                 self._compile_loss.build(labels, y_pred)
 
 
-def _check_arguments(
-    label_keys: Any, sample_weight_key: Any, with_labels: Any, kwargs: dict[str, Any]
-) -> None:
-    """Checks the wrapper's own arguments."""
-    if not isinstance(label_keys, (list, tuple)) or not all(
-        isinstance(key, str) for key in label_keys
-    ):
-        raise TypeError(
-            f"`label_keys` must be a list or tuple of strings. Received: {label_keys!r}"
-        )
-    if not isinstance(sample_weight_key, (str, type(None))):
-        raise TypeError(
-            "`sample_weight_key` must be a string or `None`. Received: "
-            f"{sample_weight_key!r}"
-        )
-    if sample_weight_key in label_keys:
-        raise ValueError(
-            "`sample_weight_key` must not be one of the `label_keys`. Received: "
-            f"{sample_weight_key!r} and {label_keys!r}"
-        )
-    if not isinstance(with_labels, bool):
-        raise TypeError(
-            f"`base_with_labels_in_features` must be a bool. Received: {with_labels!r}"
-        )
+def _check_keywords(kwargs: dict[str, Any]) -> None:
+    """Checks that no hyperparameter is passed to the model itself."""
     misplaced = sorted(set(kwargs) & {"multiplier", *_neighbor_fields()})
     if misplaced:
         raise TypeError(

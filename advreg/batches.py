@@ -1,0 +1,148 @@
+"""What in a batch is a feature, a label or a sample weight."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+import keras
+from keras import tree
+
+from advreg.packing import Features, describe
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BatchForm:
+    """Takes batches apart, and gives the base model its inputs.
+
+    Args: as those of `AdversarialRegularization`.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: `sample_weight_key` is a label key.
+    """
+
+    base_model: keras.Model
+    label_keys: Sequence[str]
+    sample_weight_key: str | None
+    base_with_labels_in_features: bool
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.label_keys, (list, tuple)) or not all(
+            isinstance(key, str) for key in self.label_keys
+        ):
+            raise TypeError(
+                "`label_keys` must be a list or tuple of strings. Received: "
+                f"{self.label_keys!r}"
+            )
+        object.__setattr__(self, "label_keys", tuple(self.label_keys))
+        if not isinstance(self.sample_weight_key, (str, type(None))):
+            raise TypeError(
+                "`sample_weight_key` must be a string or `None`. Received: "
+                f"{self.sample_weight_key!r}"
+            )
+        if self.sample_weight_key in self.label_keys:
+            raise ValueError(
+                "`sample_weight_key` must not be one of the `label_keys`. Received: "
+                f"{self.sample_weight_key!r} and {self.label_keys!r}"
+            )
+        if not isinstance(self.base_with_labels_in_features, bool):
+            raise TypeError(
+                "`base_with_labels_in_features` must be a bool. Received: "
+                f"{self.base_with_labels_in_features!r}"
+            )
+
+    @property
+    def fixed_keys(self) -> Sequence[str]:
+        """Keys of features that are not to move, because they are labels too."""
+        return self.label_keys if self.base_with_labels_in_features else ()
+
+    def unpack(self, data: Any) -> tuple[Features, Any, Any]:
+        """Takes a batch apart into features, labels and sample weights.
+
+        Args:
+            data: `x`, `(x,)`, `(x, y)` or `(x, y, sample_weight)`.
+
+        Returns:
+            Features, and labels and weights or `None` where there are none.
+
+        Raises:
+            ValueError: Sample weights come twice.
+        """
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        if not isinstance(x, Mapping):
+            return x, y, sample_weight
+        inputs = self._declared_names()
+        key = self.sample_weight_key
+        # Beside a `y`, a base that declares no inputs takes all keys as features.
+        if key in x and key not in inputs and (inputs or y is None):
+            if sample_weight is not None:
+                raise ValueError(
+                    "Sample weights must come once. Received: `sample_weight`, and "
+                    f"the key {key!r} (the `sample_weight_key`) in `x`"
+                )
+            sample_weight = x[key]
+            x = _without(x, [key])
+        if y is None:
+            y, x = self._take_labels(x, inputs)
+        return x, y, sample_weight
+
+    def features(self, inputs: Any) -> Features:
+        """Leaves labels and sample weights out of the inputs of a call."""
+        return self.unpack((inputs,))[0]
+
+    def base_inputs(self, features: Features) -> Any:
+        """Gives the base model features in the structure that it declares."""
+        if not isinstance(features, Mapping):
+            return features
+        declared = getattr(self.base_model, "_inputs_struct", None)
+        single = isinstance(self.base_model, keras.Sequential) or (
+            declared is not None and len(tree.flatten(declared)) == 1
+        )
+        if single and len(features) == 1 and not isinstance(declared, Mapping):
+            return next(iter(features.values()))
+        if isinstance(declared, Mapping) and set(declared) < set(features):
+            return {key: features[key] for key in declared}
+        return features
+
+    def raise_missing_labels(self, data: Any) -> NoReturn:
+        """Says where labels are looked for, and what came."""
+        x, *_ = keras.utils.unpack_x_y_sample_weight(data)
+        message = (
+            "Labels are missing: pass them as `y`, or in a dictionary `x` under the "
+            f"`label_keys` {self.label_keys}."
+        )
+        if not isinstance(x, Mapping):
+            raise ValueError(f"{message} Received: x={describe(x)} and y=None")
+        if set(self.label_keys) & self._declared_names() & set(x):
+            message += (
+                " A key that the base model declares as an input holds labels only "
+                "with `base_with_labels_in_features=True`."
+            )
+        raise ValueError(f"{message} Received: x with the keys {list(x)} and y=None")
+
+    def _declared_names(self) -> set[str]:
+        """The names of the inputs that the base model declares, if it does."""
+        declared = getattr(self.base_model, "_inputs_struct", None)
+        if isinstance(declared, Mapping):
+            return set(declared)
+        if declared is None and isinstance(self.base_model, keras.Sequential):
+            declared = self.base_model.inputs if self.base_model.built else None
+        return {tensor.name for tensor in tree.flatten(declared) if tensor is not None}
+
+    def _take_labels(self, x: Features, inputs: set[str]) -> tuple[Any, Features]:
+        """Splits a dictionary into labels, `None` if some are missing, and features."""
+        keys = [key for key in self.label_keys if key in x]
+        features = x
+        if not self.base_with_labels_in_features:
+            keys = [key for key in keys if key not in inputs]
+            features = _without(x, keys)
+        if not keys or len(keys) < len(self.label_keys):
+            return None, features
+        labels = [x[key] for key in keys]
+        return labels[0] if len(labels) == 1 else labels, features
+
+
+def _without(x: Mapping, keys: list) -> dict:
+    return {key: value for key, value in x.items() if key not in keys}
