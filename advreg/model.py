@@ -309,11 +309,7 @@ class AdversarialRegularization(keras.Model):
                 "`x` must be one batch. Loop over a dataset: `for x, y in dataset: "
                 f"model.perturb_on_batch(x, y)`. Received: {type(x).__name__}"
             )
-        if not self.compiled:
-            raise ValueError(
-                "`perturb_on_batch` follows the gradient of the compiled loss. Call "
-                "`compile(loss=...)` first. Received: a model that is not compiled"
-            )
+        self._assert_compile_called("perturb_on_batch")
         batch = self._unpack_labelled((x, y, sample_weight))
         features, labels, weights = (
             tree.map_structure(to_tensor, part) for part in batch
@@ -425,6 +421,16 @@ class AdversarialRegularization(keras.Model):
         outputs = self.base_model(self._form.base_inputs(features), training=training)
         self.built = True
         return outputs
+
+    def _assert_compile_called(self, method_name: str | None = None) -> None:
+        """Says more than Keras, whose users have no second model to compile."""
+        if not self.compiled:
+            raise ValueError(
+                f"`{method_name or 'training'}` needs a compiled model: call "
+                "`compile()` with a loss on the wrapper, whether or not its "
+                "`base_model` is compiled. Received: a wrapper that is not compiled"
+            )
+        super()._assert_compile_called(method_name)
 
     def _unpack_labelled(self, data: Any) -> tuple[Features, Any, Any]:
         """Takes a batch apart that a loss is to be computed of."""

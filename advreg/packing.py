@@ -133,7 +133,7 @@ class Packing:
 
 def describe(features: Features) -> str:
     """Shapes and dtypes of features, for error messages."""
-    return str(
+    described = str(
         tree.map_structure(
             lambda leaf: (
                 f"{type(leaf).__name__}(shape={leaf.shape}, dtype={leaf.dtype})"
@@ -143,6 +143,7 @@ def describe(features: Features) -> str:
             features,
         )
     )
+    return described.replace('"', "")  # No quotes around what is no string.
 
 
 def _check_structure(name: str, constraint: Constraint, features: Features) -> None:
@@ -175,8 +176,7 @@ def _check_structure(name: str, constraint: Constraint, features: Features) -> N
     if problem:
         raise ValueError(
             f"`{name}` must be a number, an array, or have the structure of the "
-            f"features. It {problem}. Received: {name}={constraint!r} for features "
-            f"{describe(features)}"
+            f"features. It {problem}. Received the features: {describe(features)}"
         )
 
 

@@ -1,0 +1,55 @@
+"""Small models and data that several test files share."""
+
+import keras
+import numpy as np
+from keras import layers, ops
+
+from advreg import AdversarialRegularization
+
+
+def rows(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype("float32")
+
+
+def classifier(**kwargs):
+    return keras.Sequential(
+        [
+            keras.Input((6,)),
+            layers.Dense(8, activation="relu"),
+            layers.Dense(3),
+        ],
+        **kwargs,
+    )
+
+
+def labelled(batch=12, width=6, classes=3):
+    labels = np.random.default_rng(1).integers(0, classes, batch)
+    return rows(batch, width), labels
+
+
+def cross_entropy():
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def regularized(base, config=None, loss=None, optimizer="sgd", **kwargs):
+    model = AdversarialRegularization(base, config)
+    model.compile(optimizer, cross_entropy() if loss is None else loss, **kwargs)
+    return model
+
+
+class Subclassed(keras.Model):
+    """Takes any structure of float inputs and says what it received."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = layers.Dense(3)
+        self.received = None
+
+    def call(self, inputs, training=False):
+        self.received = keras.tree.map_structure(lambda leaf: 0, inputs)
+        leaves = keras.tree.flatten(inputs)
+        return self.dense(ops.concatenate(leaves, axis=-1))
+
+
+X, Y = labelled()
+LEFT, RIGHT = X[:, :2], X[:, 2:]
