@@ -8,10 +8,13 @@ import pytest
 from hypothesis import settings
 
 # Compiling makes the first example of a test slow, which is no fault of the test.
-settings.register_profile("default", deadline=None, max_examples=50)
+# By default the examples are the same in every run, so that a change is judged by what
+# it changed; the nightly profile looks for new ones.
+settings.register_profile(
+    "default", deadline=None, max_examples=50, derandomize=True, database=None
+)
 settings.register_profile("nightly", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
-
 
 SHARED = Path(__file__).parents[2] / "shared" / "tensorflow_datasets"
 

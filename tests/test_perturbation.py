@@ -25,14 +25,20 @@ def linear_model(dtype="float32"):
     return model
 
 
-def follow(x, slope, config, seed=None):
+def ascend(x, slope, config, seed=None):
     """Perturbs `x` under a loss whose gradient is `slope` everywhere."""
     x = tf.convert_to_tensor(x)
     slope = tf.cast(tf.broadcast_to(slope, x.shape), x.dtype)
     x_adv = perturb(x, [slope], lambda _: [slope], Settings.of(config), seed)
     assert x_adv.dtype == x.dtype
     assert x_adv.shape == x.shape
-    return x_adv.numpy().astype("float64") - x.numpy().astype("float64")
+    return x_adv.numpy()
+
+
+def follow(x, slope, config, seed=None):
+    """Returns how far `ascend` moves `x`."""
+    x_adv = ascend(x, slope, config, seed).astype("float64")
+    return x_adv - tf.convert_to_tensor(x).numpy().astype("float64")
 
 
 # --- Invariants
@@ -68,7 +74,9 @@ def test_stays_in_the_ball_and_the_range_and_behind_the_mask(
 ):
     rng = np.random.default_rng(seed)
     dtype = tf.as_dtype(dtype).as_numpy_dtype  # NumPy alone has no bfloat16.
-    x = rng.uniform(low, high, (batch, values)).astype(dtype)
+    x = rng.uniform(low, high, (batch, values))
+    x[abs(x) < np.finfo("float32").tiny] = 0.0  # TensorFlow flushes subnormals.
+    x = x.astype(dtype)
     slope = rng.normal(size=(batch, values)) * rng.integers(0, 2, (batch, 1))
     mask = np.array(mask[:values])
     config = AdvNeighborConfig(
@@ -81,15 +89,13 @@ def test_stays_in_the_ball_and_the_range_and_behind_the_mask(
         pgd_epsilon=radius,
         random_init=random_init,
     )
-    d = follow(x, slope, config, keras.random.SeedGenerator(seed))
+    x_adv = ascend(x, slope, config, keras.random.SeedGenerator(seed))
+    d = x_adv.astype("float64") - x.astype("float64")
     rounding = float(ml_dtypes.finfo(dtype).eps) * 2
-    x_adv = (x.astype("float64") + d).astype(dtype)  # What came back, bit for bit.
     assert (x_adv >= np.array(low, dtype)).all()
     assert (x_adv <= np.array(high, dtype)).all()
     assert np.isfinite(d).all()
     assert (norms(d, norm) <= radius + values * rounding).all()
-    assert (x + d >= low - rounding).all()
-    assert (x + d <= high + rounding).all()
     assert not d[:, mask == 0].any()
     if not random_init:
         assert not d[~slope.any(1)].any()
