@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
@@ -22,7 +24,9 @@ from advreg.config import (
 )
 from advreg.distribution import ReplicaSeedGenerator, unscale_loss
 from advreg.geometry import Tensor
-from advreg.packing import Features, Gradients
+from advreg.images import as_floats, float_twin
+from advreg.movable import movable
+from advreg.packing import Features, Gradients, describe
 from advreg.perturbation import (
     Settings,
     align,
@@ -118,6 +122,7 @@ class AdversarialRegularization(keras.Model):
         self._perturbing_seed = ReplicaSeedGenerator(name="perturbing_seed")
         # Keras leaves such an object alone where it would wrap a list or a dictionary.
         self._perturbing = SimpleNamespace(function=None, key=None)
+        self._twin = SimpleNamespace(model=None, layers=None)
         self.built = base_model.built
 
     @property
@@ -173,15 +178,32 @@ class AdversarialRegularization(keras.Model):
         with contextlib.suppress(Exception):
             self.base_model(symbols)
 
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """Computes the shapes of the base model's outputs; takes those of the input."""
+        features = self._form.features(input_shape)
+        return self.base_model.compute_output_shape(self._form.base_inputs(features))
+
     def call(self, inputs: Features, training: bool | None = None) -> Any:
         """Calls the base model; labels in a dictionary of inputs are left out."""
         return self._forward(self._form.features(inputs), training)
+
+    @functools.wraps(keras.Model.fit)
+    def fit(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
+        return super().fit(**self._arguments(keras.Model.fit, args, kwargs))
+
+    @functools.wraps(keras.Model.train_on_batch)
+    def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
+        return super().train_on_batch(
+            **self._arguments(keras.Model.train_on_batch, args, kwargs)
+        )
 
     def train_step(self, data: Any) -> dict[str, Tensor]:
         """Takes one step: clean pass, attack, adversarial pass, one update."""
         x, y, sample_weight = self._unpack_labelled(data)
         x = tree.map_structure(to_tensor, x)
         regularize = self._multiplier_is_not_zero()
+        if regularize:
+            x = as_floats(x)
         wanted = [
             regularize and can for can in differentiable(x, self._form.fixed_keys)
         ]
@@ -199,6 +221,7 @@ class AdversarialRegularization(keras.Model):
                     self.adv_config.adv_neighbor_config, self.optimizer.iterations
                 ),
                 self._training_seed,
+                movable(x, sample_weight, self.base_model),
             )
             adversarial_loss, more = self._adversarial_pass(x_adv, y, sample_weight)
             gradients = [_add(*pair) for pair in zip(gradients, more, strict=True)]
@@ -278,14 +301,15 @@ class AdversarialRegularization(keras.Model):
             x: Features of one batch: an array or tensor, or a structure of them.
                 Labels may be in it if it is a dictionary.
             y: Labels, where they are not in `x`.
-            sample_weight: Weights of the examples. An example of weight 0 has no
-                gradient to follow.
+            sample_weight: Weights of the examples. An example of weight 0 does not
+                move.
             **overrides: Fields of `AdvNeighborConfig` that replace the configured ones
                 for this call, `None` included.
 
         Returns:
-            The perturbed features as NumPy arrays, in the structure and dtypes of `x`.
-            Labels and weights in a dictionary come back as the objects that went in.
+            The perturbed features as NumPy arrays, in the structure and dtypes of `x`,
+            images of type uint8 as float32. Labels and weights in a dictionary come
+            back as the objects that went in.
 
         Raises:
             RuntimeError: It is called inside a `tf.function`.
@@ -387,7 +411,7 @@ class AdversarialRegularization(keras.Model):
         # Persistent, because the losses that a model adds show only once it has run.
         with tf.GradientTape(persistent=True) as tape:
             tape.watch(watched)
-            y_pred = self._forward(x, training=True)
+            y_pred = self._forward(x, training=True, floats=any(wanted))
             labeled_loss = self._compile_loss(y, y_pred, sample_weight)
             losses = self.losses
             loss = self._total_loss(labeled_loss, losses)
@@ -409,18 +433,34 @@ class AdversarialRegularization(keras.Model):
     ) -> tuple[Tensor, list[Tensor]]:
         """Returns the scaled adversarial loss and its gradient."""
         with tf.GradientTape() as tape:
-            y_pred = self._forward(x_adv, training=True)
+            y_pred = self._forward(x_adv, training=True, floats=True)
             with keras.StatelessScope():  # Trackers of single outputs stay clean.
                 loss = self._compile_loss(y, y_pred, sample_weight)
             loss = loss * ops.convert_to_tensor(self._multiplier(), loss.dtype)
             scaled_loss = self._scale(loss)
         return loss, tape.gradient(scaled_loss, self.trainable_weights)
 
-    def _forward(self, features: Features, training: bool | None) -> Any:
-        """Runs the base model on features from which the labels have been taken."""
-        outputs = self.base_model(self._form.base_inputs(features), training=training)
+    def _forward(
+        self, features: Features, training: bool | None, floats: bool = False
+    ) -> Any:
+        """Runs the base model on features from which the labels have been taken.
+
+        Args:
+            features: What goes into the base model, and nothing else.
+            training: Whether layers are to behave as in training.
+            floats: Whether images of bytes have become floats, which are to stay so.
+        """
+        model = self._float_twin() if floats else self.base_model
+        outputs = model(self._form.base_inputs(features), training=training)
         self.built = True
         return outputs
+
+    def _float_twin(self) -> keras.Model:
+        """The base model, or one of the same layers that leaves floats as they are."""
+        layers = getattr(self.base_model, "layers", None)
+        if self._twin.layers != layers:
+            self._twin.layers, self._twin.model = layers, float_twin(self.base_model)
+        return self._twin.model
 
     def _assert_compile_called(self, method_name: str | None = None) -> None:
         """Says more than Keras, whose users have no second model to compile."""
@@ -431,6 +471,40 @@ class AdversarialRegularization(keras.Model):
                 "`base_model` is compiled. Received: a wrapper that is not compiled"
             )
         super()._assert_compile_called(method_name)
+
+    def _arguments(
+        self, method: Callable[..., Any], args: Any, kwargs: Any
+    ) -> dict[str, Any]:
+        """Binds the arguments of a method, labels in `y` if classes have weights.
+
+        There alone Keras looks for them.
+        """
+        arguments = inspect.signature(method).bind(self, *args, **kwargs).arguments
+        del arguments["self"]
+        if arguments.get("class_weight") is None or arguments.get("y") is not None:
+            return arguments
+        x = arguments.get("x")
+        if isinstance(x, tf.data.Dataset):
+            arguments["x"] = x.map(self._labels_beside)
+        elif isinstance(x, Mapping):
+            names = ("x", "y", "sample_weight")
+            data = tuple(arguments.get(name) for name in names)
+            arguments.update(zip(names, self._labels_beside(*data), strict=False))
+        elif isinstance(x, keras.utils.PyDataset):
+            _, y, _ = keras.utils.unpack_x_y_sample_weight(x[0])
+            if y is None:  # Keras would leave `class_weight` out without a word.
+                raise ValueError(
+                    "`class_weight` needs the labels beside the features: let the "
+                    f"`PyDataset` return `(x, y)`. Received: {describe(x[0])}"
+                )
+        return arguments
+
+    def _labels_beside(self, *data: Any) -> tuple:
+        """Takes labels and weights out of a dictionary."""
+        x, y, sample_weight = self._form.unpack(data)
+        if y is None:
+            self._form.raise_missing_labels(data)
+        return (x, y) if sample_weight is None else (x, y, sample_weight)
 
     def _unpack_labelled(self, data: Any) -> tuple[Features, Any, Any]:
         """Takes a batch apart that a loss is to be computed of."""
@@ -479,7 +553,7 @@ class AdversarialRegularization(keras.Model):
 
         def loss_at(features: Features) -> Tensor:
             with keras.StatelessScope():
-                y_pred = self._forward(features, training)
+                y_pred = self._forward(features, training, floats=True)
                 loss = self._compile_loss(y, y_pred, sample_weight)
             return self._scale(loss)
 
@@ -501,11 +575,24 @@ class AdversarialRegularization(keras.Model):
         def function(
             features: Features, labels: Any, weights: Any, settings: Settings
         ) -> Features:
-            wanted = differentiable(features, self._form.fixed_keys)
+            floats = as_floats(features)
+            wanted = differentiable(floats, self._form.fixed_keys)
             gradient_at = self._gradient_function(labels, weights, wanted, False)
-            gradients = gradient_at(features)
-            return perturb(
-                features, gradients, gradient_at, settings, self._perturbing_seed
+            gradients = gradient_at(floats)
+            perturbed = perturb(
+                floats,
+                gradients,
+                gradient_at,
+                settings,
+                self._perturbing_seed,
+                movable(floats, weights, self.base_model),
+            )
+            leaves = zip(
+                tree.flatten(features), tree.flatten(perturbed), gradients, strict=True
+            )
+            return tree.pack_sequence_as(
+                features,
+                [leaf if g is None else moved for leaf, moved, g in leaves],
             )
 
         if self.run_eagerly:

@@ -130,6 +130,27 @@ class Packing:
         ]
         return rows[0] if len(rows) == 1 else ops.concatenate(rows, axis=1)
 
+    def spread_flags(self, flags: Sequence[Tensor | None] | None) -> Tensor | None:
+        """Lays booleans, one tensor for each leaf, out in the columns of the matrix.
+
+        Args:
+            flags: Boolean tensors that broadcast to their leaves; `None` is true.
+
+        Returns:
+            A boolean matrix `[batch, values]`, or `None` where all is true.
+        """
+        chosen = list(itertools.compress(flags or (), self.moving))
+        if all(flag is None for flag in chosen):
+            return None
+        rows = [
+            ops.reshape(
+                ops.broadcast_to(True if flag is None else flag, shape),
+                (shape[0], width),
+            )
+            for flag, shape, width in zip(chosen, self.shapes, self.widths, strict=True)
+        ]
+        return rows[0] if len(rows) == 1 else ops.concatenate(rows, axis=1)
+
 
 def describe(features: Features) -> str:
     """Shapes and dtypes of features, for error messages."""

@@ -26,6 +26,7 @@ from advreg.config import (
     check_adv_config,
 )
 from advreg.geometry import Tensor, project, sample_unit_ball, steepest_direction
+from advreg.movable import movable
 from advreg.packing import Features, Gradients, Packing, describe
 
 
@@ -75,6 +76,7 @@ def perturb(
     gradient_at: Callable[[Features], Gradients],
     settings: Settings,
     seed: keras.random.SeedGenerator | None = None,
+    flags: Sequence[Tensor | None] | None = None,
 ) -> Features:
     """Moves each example where its loss grows, inside the ball and the range.
 
@@ -94,6 +96,8 @@ def perturb(
             first one too after a random start.
         settings: The hyperparameters.
         seed: Where a random start draws from: Keras's global generator if `None`.
+        flags: For each leaf, `None` or a boolean tensor that broadcasts to it: where
+            it is false, nothing moves. `advreg.movable.movable` makes them.
 
     Returns:
         Features in the structure, shapes and dtypes of `features`.
@@ -104,6 +108,9 @@ def perturb(
     packing = Packing(features, gradients)
     x = packing.pack(packing.leaves)
     mask = packing.spread("feature_mask", settings.feature_mask, 1.0)
+    moves = packing.spread_flags(flags)
+    if moves is not None:
+        mask = ops.where(moves, ops.ones_like(x) if mask is None else mask, 0.0)
     free = None if mask is None else mask > 0.0
     low, high, nearest, farthest = _bounds(
         packing, settings, ops.stop_gradient(x), free
@@ -246,6 +253,34 @@ def gen_adv_neighbor(
     >>> neighbor, _ = gen_adv_neighbor(x, loss, config, gradient_tape=tape)
     """
     del use_while_loop
+    neighbor, batch = _neighbor(
+        input_features,
+        labeled_loss,
+        config,
+        gradient_tape,
+        pgd_model_fn,
+        pgd_loss_fn,
+        pgd_labels,
+        raise_invalid_gradient=raise_invalid_gradient,
+    )
+    return neighbor, tf.ones([batch, 1])
+
+
+def _neighbor(
+    input_features: Features,
+    labeled_loss: Tensor,
+    config: AdvNeighborConfig,
+    gradient_tape: tf.GradientTape | None,
+    pgd_model_fn: Callable[[Features], Any] | None,
+    pgd_loss_fn: Callable[[Any, Any], Tensor] | None,
+    pgd_labels: Any,
+    raise_invalid_gradient: bool = False,
+    flags: Sequence[Tensor | None] | None = None,
+) -> tuple[Features, Tensor]:
+    """Returns what `gen_adv_neighbor` does, and the batch size.
+
+    Args: as its own, and `flags` as of `perturb`.
+    """
     if not isinstance(config, AdvNeighborConfig):
         raise TypeError(
             "`config` must be an `AdvNeighborConfig`, such as the "
@@ -292,9 +327,9 @@ def gen_adv_neighbor(
         gradients,
         lambda features: input_gradients(loss_at, features, moving),
         settings,
+        flags=flags,
     )
-    batch = tf.shape(tf.nest.flatten(select(input_features, moving))[0])[0]
-    return neighbor, tf.ones([batch, 1])
+    return neighbor, tf.shape(select(input_features, moving)[0])[0]
 
 
 def adversarial_loss(
@@ -364,6 +399,7 @@ def adversarial_loss(
             "`labeled_loss` are given: pass the `tf.GradientTape` that watched "
             "`features` while they were computed. Received: gradient_tape=None"
         )
+    base_model = model if isinstance(model, keras.Model) else None
     model = functools.partial(model, **(model_kwargs or {}))
     weights = () if sample_weights is None else (sample_weights,)
 
@@ -380,14 +416,15 @@ def adversarial_loss(
             if predictions is None:
                 predictions = model(features)
             labeled_loss = loss_of(labels, predictions)
-    neighbor, _ = gen_adv_neighbor(
+    neighbor, _ = _neighbor(
         features,
         labeled_loss,
         adv_config.adv_neighbor_config,
-        gradient_tape=gradient_tape,
-        pgd_model_fn=model,
-        pgd_loss_fn=loss_of,
-        pgd_labels=labels,
+        gradient_tape,
+        model,
+        loss_of,
+        labels,
+        flags=movable(features, sample_weights, base_model),
     )
     return loss_of(labels, model(neighbor))
 
