@@ -338,6 +338,15 @@ class AdversarialRegularization(keras.Model):
         features, labels, weights = (
             tree.map_structure(to_tensor, part) for part in batch
         )
+        for name, part in (("x", features), ("y", labels), ("sample_weight", weights)):
+            if any(
+                not leaf.shape.rank for leaf in tree.flatten(part) if leaf is not None
+            ):
+                raise ValueError(
+                    f"`{name}` must be an array with a batch axis, or a structure of "
+                    "arrays; a list of numbers is a structure, so make it a NumPy "
+                    f"array. Received: {describe(part)}"
+                )
         self._build_by_running(features, labels)
         iteration = self.optimizer.iterations if self.optimizer is not None else None
         settings = _as_tensors(Settings.of(config, iteration))

@@ -1,5 +1,6 @@
 import keras
 import numpy as np
+import pandas
 import pytest
 import tensorflow as tf
 from keras import layers
@@ -19,34 +20,64 @@ from oracle import norms
 
 from advreg import AdversarialRegularization, make_adv_reg_config
 
+SIZE, STEPS = 5, 3  # Of 12 examples, so that the last batch is a small one.
 
-def batches(x, y, size=4):
+
+def batches(x, y, repeat=True):
     while True:
-        for start in range(0, len(y), size):
-            yield x[start : start + size], y[start : start + size]
+        for start in range(0, len(y), SIZE):
+            yield x[start : start + SIZE], y[start : start + SIZE]
+        if not repeat:
+            return
+
+
+class Batches(keras.utils.PyDataset):
+    def __init__(self, x, y, as_dict=False):
+        super().__init__()
+        self.batches = list(batches(x, y, repeat=False))
+        self.as_dict = as_dict
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, index):
+        x, y = self.batches[index]
+        return {"x": x, "label": y} if self.as_dict else (x, y)
+
+
+def dataset(data):
+    return tf.data.Dataset.from_tensor_slices(data).batch(SIZE)
+
+
+def unknown_batch_size(x, y):
+    spec = (tf.TensorSpec((None, 6)), tf.TensorSpec((None,), y.dtype))
+    made = tf.data.Dataset.from_generator(
+        lambda: batches(x, y, repeat=False), output_signature=spec
+    )
+    # Without a length, Keras would warn at the end of the data.
+    return made.apply(tf.data.experimental.assert_cardinality(STEPS))
 
 
 FORMS = {
     "arrays": lambda x, y: ((x, y), {}),
     "tensors": lambda x, y: ((tf.constant(x), tf.constant(y)), {}),
+    "pandas": lambda x, y: ((pandas.DataFrame(x), pandas.Series(y)), {}),
     "dictionary": lambda x, y: (({"x": x, "label": y},), {}),
-    "tf.data of tuples": lambda x, y: (
-        (tf.data.Dataset.from_tensor_slices((x, y)).batch(4),),
-        {},
+    "tf.data of tuples": lambda x, y: ((dataset((x, y)),), {}),
+    "tf.data of dictionaries": lambda x, y: ((dataset({"x": x, "label": y}),), {}),
+    "tf.data of features in a dictionary": lambda x, y: ((dataset(({"x": x}, y)),), {}),
+    "tf.data without end": lambda x, y: (
+        (dataset((x, y)).repeat(),),
+        {"steps_per_epoch": STEPS},
     ),
-    "tf.data of dictionaries": lambda x, y: (
-        (tf.data.Dataset.from_tensor_slices({"x": x, "label": y}).batch(4),),
-        {},
-    ),
-    "tf.data of features in a dictionary": lambda x, y: (
-        (tf.data.Dataset.from_tensor_slices(({"x": x}, y)).batch(4),),
-        {},
-    ),
-    "generator of tuples": lambda x, y: ((batches(x, y),), {"steps_per_epoch": 3}),
+    "tf.data of unknown shapes": lambda x, y: ((unknown_batch_size(x, y),), {}),
+    "generator of tuples": lambda x, y: ((batches(x, y),), {"steps_per_epoch": STEPS}),
     "generator of dictionaries": lambda x, y: (
         ((({"x": a, "label": b},) for a, b in batches(x, y)),),
-        {"steps_per_epoch": 3},
+        {"steps_per_epoch": STEPS},
     ),
+    "PyDataset": lambda x, y: ((Batches(x, y),), {}),
+    "PyDataset of dictionaries": lambda x, y: ((Batches(x, y, as_dict=True),), {}),
 }
 
 
@@ -61,17 +92,17 @@ def test_every_form_of_data_trains_alike(form, named):
     keras.utils.set_random_seed(0)
     expected = regularized(base())
     history = expected.fit(
-        x, y, batch_size=4, shuffle=False, verbose=0, validation_data=(x, y)
+        x, y, batch_size=SIZE, shuffle=False, verbose=0, validation_data=(x, y)
     ).history
 
     keras.utils.set_random_seed(0)
     model = regularized(base())
     data, arguments = FORMS[form](x, y)
     validation = FORMS[form](x, y)[0]
-    if "generator" in form:
-        arguments["validation_steps"] = 3
-    elif "data" not in form:
-        arguments["batch_size"] = 4
+    if "steps_per_epoch" in arguments:
+        arguments["validation_steps"] = STEPS
+    if len(data) == 2 or isinstance(data[0], dict):
+        arguments["batch_size"] = SIZE
     got = model.fit(
         *data,
         shuffle=False,
@@ -111,6 +142,67 @@ def test_sample_weights_come_three_ways(form):
         model.fit(data, batch_size=12, verbose=0)
     for a, b in zip(expected.get_weights(), model.get_weights(), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def split_validation(x, y, **kwargs):
+    keras.utils.set_random_seed(0)
+    model = regularized(classifier())
+    return model.fit(x, y, batch_size=4, shuffle=False, verbose=0, **kwargs).history
+
+
+def test_validation_is_split_off():
+    x, y = labelled()
+    expected = split_validation(x[:8], y[:8], validation_data=(x[8:], y[8:]))
+    for data in ((x, y), ({"x": x, "label": y}, None)):
+        got = split_validation(*data, validation_split=1 / 3)
+        assert got.keys() == expected.keys()
+        for name, values in expected.items():
+            np.testing.assert_allclose(got[name], values, rtol=1e-6)
+
+
+# --- Class weights
+
+CLASS_WEIGHT = {0: 0.5, 2: 3.0}
+OF_CLASS = np.array([0.5, 1.0, 3.0], "float32")
+
+
+def step_with(*data, wrap=regularized, **kwargs):
+    keras.utils.set_random_seed(0)
+    model = wrap(classifier())
+    model.fit(*data, epochs=2, shuffle=False, verbose=0, **kwargs)
+    return model.get_weights()
+
+
+@pytest.mark.parametrize("form", ["arrays", "dictionary", "tf.data of dictionaries"])
+def test_class_weights_find_the_labels(form):
+    x, y = labelled()
+    data, _ = FORMS[form](x, y)
+    batch = {} if "tf.data" in form else {"batch_size": SIZE}
+    expected = step_with(x, y, sample_weight=OF_CLASS[y], batch_size=SIZE)
+    got = step_with(*data, class_weight=CLASS_WEIGHT, **batch)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_class_weights_of_one_batch():
+    x, y = labelled()
+    results = []
+    for data, weights in (
+        ((x, y), {"sample_weight": OF_CLASS[y]}),
+        ((x, y), {"class_weight": CLASS_WEIGHT}),
+        (({"x": x, "label": y},), {"class_weight": CLASS_WEIGHT}),
+    ):
+        keras.utils.set_random_seed(0)
+        results.append(regularized(classifier()).train_on_batch(*data, **weights))
+    np.testing.assert_allclose(results[1:], [results[0]] * 2, rtol=1e-6)
+
+
+def test_class_weights_that_keras_would_drop():
+    x, y = labelled()
+    with pytest.raises(ValueError, match=r"`class_weight` needs the labels.*\(x, y\)"):
+        step_with(Batches(x, y, as_dict=True), class_weight=CLASS_WEIGHT)
+    with pytest.raises(ValueError, match=r"Labels are missing.*\['x'\]"):
+        step_with({"x": x}, class_weight=CLASS_WEIGHT)
 
 
 STRUCTURES = {

@@ -402,19 +402,6 @@ def _weights(names):
     return {"a": 1.0, "b": 0.3} if names else [1.0, 0.3]
 
 
-def test_evaluate_and_predict_are_the_base_s():
-    base = stateful_base()
-    base.compile("sgd", cross_entropy(), metrics=["accuracy"])
-    model = regularized(base, metrics=["accuracy"])
-    model.fit(X, Y, verbose=0)
-    assert model.evaluate(X, Y, verbose=0) == base.evaluate(X, Y, verbose=0)
-    np.testing.assert_array_equal(
-        model.predict(X, verbose=0), base.predict(X, verbose=0)
-    )
-    logs = model.evaluate(X, Y, verbose=0, return_dict=True)
-    assert list(logs) == list(base.evaluate(X, Y, verbose=0, return_dict=True))
-
-
 # --- Schedules
 
 
@@ -643,21 +630,46 @@ def test_ragged_and_sparse_features_stay_as_they_are():
     assert perturbed["ragged"].to_list() == x["ragged"].to_list()
 
 
-def test_rows_of_weight_zero_are_not_perturbed():
-    weights = np.array([0.0, 1.0] * 6)
-    model = regularized(classifier(), make_adv_reg_config(adv_step_size=0.5))
-    moved = model.perturb_on_batch(X, Y, weights) - X
-    assert not moved[::2].any()
-    np.testing.assert_allclose(norms(moved[1::2], "l2"), 0.5, rtol=1e-5)
-
-
 def test_perturbations_know_no_batch_size_and_no_scale():
     model = regularized(classifier(), make_adv_reg_config(adv_step_size=0.5))
     together = model.perturb_on_batch(X, Y)
     single = [model.perturb_on_batch(X[i : i + 1], Y[i : i + 1]) for i in range(12)]
     np.testing.assert_allclose(np.concatenate(single), together, atol=1e-5)
-    scaled = model.perturb_on_batch(X, Y, np.full(12, 1e-6))
-    np.testing.assert_allclose(scaled, together, atol=1e-4)
+    for scale in (1e-6, 1e6):
+        scaled = model.perturb_on_batch(X, Y, np.full(12, scale))
+        np.testing.assert_allclose(scaled, together, atol=1e-4)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_perturbations_know_no_scale_of_the_loss(norm, iterations):
+    config = make_adv_reg_config(
+        adv_step_size=0.2, adv_grad_norm=norm, pgd_iterations=iterations
+    )
+    base = two_outputs(names=False)
+    perturbed = []
+    for scale, optimizer in (
+        (1.0, keras.optimizers.SGD()),
+        (1e-5, keras.optimizers.SGD()),
+        (1e5, keras.optimizers.SGD()),
+        (
+            1.0,
+            keras.optimizers.LossScaleOptimizer(
+                keras.optimizers.SGD(), initial_scale=2.0**20
+            ),
+        ),
+    ):
+        model = regularized(
+            base,
+            config,
+            loss=[cross_entropy(), "mse"],
+            loss_weights=[scale, 0.3 * scale],
+            optimizer=optimizer,
+        )
+        perturbed.append(model.perturb_on_batch(X, [Y, rows(12, 2)]))
+    for other in perturbed[1:]:
+        np.testing.assert_allclose(other, perturbed[0], atol=1e-5)
+    assert np.abs(perturbed[0] - X).max() > 0.1
 
 
 def test_random_starts_differ_from_call_to_call_and_repeat_with_the_seed():
@@ -999,6 +1011,17 @@ def test_perturbing_takes_one_batch_outside_of_graphs():
         model.perturb_on_batch(data)
     with pytest.raises(RuntimeError, match=r"gen_adv_neighbor"):
         data.map(lambda x, y: model.perturb_on_batch(x, y))
+
+
+def test_lists_of_numbers_are_no_arrays():
+    model = regularized(classifier())
+    for data, name in (
+        ((X, list(Y)), "y"),
+        ((X, Y, [1.0] * 12), "sample_weight"),
+        (({"x": 1.0}, Y), "x"),
+    ):
+        with pytest.raises(ValueError, match=rf"`{name}` must be an array.*list of"):
+            model.perturb_on_batch(*data)
 
 
 def test_unknown_and_wrong_overrides():
