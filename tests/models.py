@@ -22,6 +22,19 @@ def classifier(**kwargs):
     )
 
 
+def busy_base():
+    """Regularised, normalised, and with dropout."""
+    return keras.Sequential(
+        [
+            keras.Input((6,)),
+            layers.Dense(8, activation="relu", kernel_regularizer="l2"),
+            layers.BatchNormalization(),
+            layers.Dropout(0.5),
+            layers.Dense(3),
+        ]
+    )
+
+
 def labelled(batch=12, width=6, classes=3):
     labels = np.random.default_rng(1).integers(0, classes, batch)
     return rows(batch, width), labels

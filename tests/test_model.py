@@ -7,73 +7,23 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers, ops
+from linear import LEARNING_RATE, LINEAR, linear_base, linear_config, linear_step
 from models import (
     LEFT,
     RIGHT,
     Subclassed,
     X,
     Y,
+    busy_base,
     classifier,
     cross_entropy,
     labelled,
     regularized,
     rows,
 )
-from oracle import NORMS, LinearRegression, attack, norms
+from oracle import NORMS, attack, norms
 
 from advreg import AdversarialRegularization, AdvRegConfig, make_adv_reg_config
-
-LINEAR = LinearRegression([1.0, -2.0, 0.5, 0.25], 0.1)
-LEARNING_RATE = 0.1
-
-
-def linear_base(names=("x",)):
-    """The linear model, its four inputs shared out over inputs of these names."""
-    width = 4 // len(names)
-    inputs = {name: keras.Input((width,), name=name) for name in names}
-    flat = list(inputs.values())
-    hidden = flat[0] if len(flat) == 1 else layers.Concatenate()(flat)
-    output = layers.Dense(1)(hidden)
-    base = keras.Model(inputs if len(flat) > 1 else flat[0], output)
-    base.set_weights([LINEAR.w[:, None], np.array([LINEAR.b])])
-    return base
-
-
-def linear_step(x, y, weights, norm, iterations, multiplier=0.4):
-    """One SGD step on the linear model in closed form, with its losses."""
-    x_adv = attack(
-        x.astype("float64"),
-        lambda x: LINEAR.input_gradient(x, y, weights),
-        norm,
-        0.2,
-        iterations,
-        None if iterations == 1 else 0.35,
-    )
-    clean = LINEAR.weight_gradient(x.astype("float64"), y, weights)
-    adversarial = LINEAR.weight_gradient(x_adv, y, weights)
-    kernel, bias = (
-        value - LEARNING_RATE * (c + multiplier * a)
-        for value, c, a in zip((LINEAR.w, LINEAR.b), clean, adversarial, strict=True)
-    )
-    labeled_loss = LINEAR.loss(x, y, weights)
-    adversarial_loss = multiplier * LINEAR.loss(x_adv, y, weights)
-    logs = {
-        "loss": labeled_loss + adversarial_loss,
-        "labeled_loss": labeled_loss,
-        "scaled_adversarial_loss": adversarial_loss,
-    }
-    return x_adv, kernel, bias, logs
-
-
-def linear_config(norm, iterations):
-    return make_adv_reg_config(
-        multiplier=0.4,
-        adv_step_size=0.2,
-        adv_grad_norm=norm,
-        pgd_iterations=iterations,
-        pgd_epsilon=None if iterations == 1 else 0.35,
-    )
-
 
 # --- One training step against its closed form
 
@@ -242,18 +192,6 @@ def test_embedding_gradients_of_both_passes_count():
 
 
 # --- A multiplier of zero
-
-
-def busy_base():
-    return keras.Sequential(
-        [
-            keras.Input((6,)),
-            layers.Dense(8, activation="relu", kernel_regularizer="l2"),
-            layers.BatchNormalization(),
-            layers.Dropout(0.5),
-            layers.Dense(3),
-        ]
-    )
 
 
 def train(wrap, **kwargs):
@@ -703,57 +641,57 @@ def test_inputs_that_are_not_finite_are_neither_spread_nor_hidden(value):
     assert not np.isfinite(linear.train_on_batch(x, Y)).any()
 
 
-# --- Precision
+# --- Looking
 
 
-def test_float64_models_stay_float64():
-    base = keras.Sequential([keras.Input((4,), dtype="float64")])
-    base.add(layers.Dense(1, dtype="float64"))
-    base.layers[0].set_weights([LINEAR.w[:, None], np.array([LINEAR.b])])
-    model = AdversarialRegularization(base, linear_config("l2", 4), dtype="float64")
-    model.compile("sgd", "mse")
-    x, y = rows(7, 4).astype("float64"), rows(7, seed=1).astype("float64")
-    x_adv, *_ = linear_step(x, y, np.ones(7), "l2", 4)
-    # Keras computes losses in float32 unless it is told otherwise: directions of a
-    # linear model do not notice.
-    np.testing.assert_allclose(model.perturb_on_batch(x, y), x_adv, atol=1e-12)
+def test_it_looks_like_a_keras_model():
+    base = classifier(name="base")
+    model = AdversarialRegularization(base, name="robust")
+    assert model.layers == [base]
+    assert model.get_layer("base") is base
+    assert model.count_params() == base.count_params()
+    assert [v is w for v, w in zip(model.weights, base.weights, strict=True)]
+    assert model.compute_output_shape((None, 6)) == (None, 3)
+    assert model.compute_output_shape({"x": (5, 6), "label": (5,)}) == (5, 3)
+    assert model.compute_output_spec(keras.KerasTensor((None, 6))).shape == (None, 3)
+    config = model.get_config()
+    assert {"name", "base_model", "adv_config", "label_keys"} <= set(config)
+    twin = AdversarialRegularization.from_config(config)
+    assert twin.get_config() == config
 
 
-def test_inputs_are_cast_by_the_base_alone():
-    keras.config.set_dtype_policy("mixed_float16")
-    try:
-        cast = layers.Lambda(lambda x: ops.cast(x, "float32"), dtype="float32")
-        base = keras.Sequential([keras.Input((1,)), cast])
-        model = AdversarialRegularization(base)
-    finally:
-        keras.config.set_dtype_policy("float32")
-    x = np.array([[70000.125]], "float32")  # Infinite in float16.
-    np.testing.assert_array_equal(model(x), base(x))
-    np.testing.assert_array_equal(model(x), x)
+@pytest.mark.parametrize("built", [False, True])
+def test_summaries(built):
+    base = keras.Sequential([layers.Dense(3, name="inside")], name="base")
+    model = AdversarialRegularization(base, name="robust")
+    if built:
+        model.build((None, 6))
+    lines = []
+    model.summary(print_fn=lines.append, expand_nested=True)
+    text = "\n".join(map(str, lines))
+    assert "robust" in text
+    assert "base" in text
+    assert ("(None, 3)" in text) == built
+    assert ("Total params: 21" in text) == built
 
 
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
-def test_mixed_precision(policy):
-    keras.config.set_dtype_policy(policy)
-    try:
-        base = busy_base()
-    finally:
-        keras.config.set_dtype_policy("float32")
-    config = make_adv_reg_config(
-        adv_step_size=0.1, adv_grad_norm="l2", pgd_iterations=2, pgd_epsilon=0.15
-    )
-    model = regularized(base, config, optimizer="adam")
-    assert model.dtype_policy.name == policy
-    is_scaled = isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
-    assert is_scaled == (policy == "mixed_float16")
-    history = model.fit(X, Y, epochs=5, verbose=0).history
-    assert np.isfinite(history["loss"]).all()
-    assert all(np.isfinite(w).all() for w in model.get_weights())
-    moved = model.perturb_on_batch(X, Y) - X
-    assert moved.dtype == np.float32
-    size = norms(moved, "l2")
-    assert (size <= 0.15 + 1e-6).all()
-    assert size.max() > 0.1
+def test_training_makes_no_parameter_beside_those_of_the_base():
+    model = regularized(classifier(), make_adv_reg_config(random_init=True))
+    model.fit(X, Y, verbose=0)
+    assert model.count_params() == model.base_model.count_params()
+
+
+def test_plots_of_the_model(monkeypatch):
+    pytest.importorskip("pydot")
+    # Drawing takes Graphviz, which pip does not install; describing the graph does not.
+    drawing = sys.modules["keras.src.utils.model_visualization"]
+    monkeypatch.setattr(drawing, "check_graphviz", lambda: True)
+    model = AdversarialRegularization(classifier(), name="robust")
+    arguments = {"show_shapes": True, "show_layer_names": True}
+    # As for any model with a `call` of its own; the network is in the base.
+    assert "robust" in keras.utils.model_to_dot(model, **arguments).to_string()
+    dot = keras.utils.model_to_dot(model.base_model, **arguments)
+    assert dot.to_string().count("Dense") == 2
 
 
 # --- Saving
