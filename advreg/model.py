@@ -36,6 +36,7 @@ from advreg.perturbation import (
     select,
     to_tensor,
 )
+from advreg.saving import save_whole
 
 _SEED_KEY = "adversarial_seed"
 
@@ -359,6 +360,57 @@ class AdversarialRegularization(keras.Model):
             key: perturbed[key] if key in perturbed and key not in kept else value
             for key, value in x.items()
         }
+
+    def save(
+        self,
+        filepath: Any,
+        overwrite: bool = True,
+        zipped: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Saves the model as `keras.Model.save` does, all of the file or nothing.
+
+        Args:
+            filepath: Path of the `.keras` file. A process that is killed while it
+                saves leaves the file that was there.
+            overwrite: Whether to replace a file, or to ask the user.
+            zipped: `False` saves a directory, in place.
+            **kwargs: As of `keras.Model.save`.
+        """
+
+        def save(path: Any, overwrite: bool) -> None:
+            super(AdversarialRegularization, self).save(
+                path, overwrite, zipped, **kwargs
+            )
+
+        if zipped is None or zipped:
+            save_whole(save, filepath, overwrite, suffix=".keras")
+        else:
+            save(filepath, overwrite)
+
+    def save_weights(
+        self, filepath: Any, overwrite: bool = True, max_shard_size: float | None = None
+    ) -> None:
+        """Saves weights as `keras.Model.save_weights` does, all of a file or nothing.
+
+        Args:
+            filepath: Path of the `.weights.h5` file. A process that is killed while it
+                saves leaves the file that was there.
+            overwrite: Whether to replace a file, or to ask the user.
+            max_shard_size: Size in GB of each of several files, which are written in
+                place. `None` for one file.
+        """
+        shards = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+
+        def save(path: Any, overwrite: bool) -> None:
+            super(AdversarialRegularization, self).save_weights(
+                path, overwrite, **shards
+            )
+
+        if shards:
+            save(filepath, overwrite)
+        else:
+            save_whole(save, filepath, overwrite, suffix=".weights.h5")
 
     def export(self, *args: Any, **kwargs: Any) -> Any:
         """Exports the base model; takes the arguments of `keras.Model.export`."""
