@@ -376,6 +376,18 @@ class AdversarialRegularization(keras.Model):
             overwrite: Whether to replace a file, or to ask the user.
             zipped: `False` saves a directory, in place.
             **kwargs: As of `keras.Model.save`.
+
+        Example:
+        Training that goes on where it was killed, at whatever moment that was. (A
+        `BackupAndRestore` of Keras writes two files one after the other, and repeats
+        an epoch if it is killed between them.)
+
+        >>> model = make_model()
+        >>> if os.path.exists("run.keras"):
+        ...     model = keras.models.load_model("run.keras")
+        >>> model.fit(dataset, epochs=50,
+        ...     initial_epoch=int(model.optimizer.iterations) // len(dataset),
+        ...     callbacks=[keras.callbacks.ModelCheckpoint("run.keras")])
         """
 
         def save(path: Any, overwrite: bool) -> None:

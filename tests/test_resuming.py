@@ -1,0 +1,107 @@
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import keras
+import numpy as np
+import pytest
+from models import classifier, regularized
+
+from advreg import make_adv_reg_config
+
+TESTS = pathlib.Path(__file__).parent
+EPOCHS, STEPS = 8, 4
+
+# Trains, or goes on to train, and says how far it is. A process that finds a backup has
+# another seed than the undisturbed run: all that it needs is in the files.
+TRAINING = f"""
+import os, sys, time
+import keras, numpy as np
+from models import X, Y
+from test_resuming import EPOCHS, make
+
+how, directory = sys.argv[1:]
+backup = os.path.join(directory, "backup")
+file = os.path.join(directory, "model.keras")
+
+def tell(batch, logs):
+    print(batch, flush=True)
+    time.sleep(0.02)
+
+callbacks = [keras.callbacks.LambdaCallback(on_train_batch_end=tell)]
+begun = os.path.exists(backup) or os.path.exists(file)
+keras.utils.set_random_seed(1 if begun else 0)
+model, initial_epoch = make(), 0
+if how == "BackupAndRestore":
+    callbacks.append(keras.callbacks.BackupAndRestore(backup))
+elif how == "one file":
+    if begun:
+        model = keras.models.load_model(file)
+        initial_epoch = int(model.optimizer.iterations) // {STEPS}
+    callbacks.append(keras.callbacks.ModelCheckpoint(file))
+model.fit(X, Y, batch_size=3, epochs=EPOCHS, initial_epoch=initial_epoch,
+          shuffle=False, callbacks=callbacks, verbose=0)
+variables = [*model.weights, *model.optimizer.variables, model._training_seed.state]
+np.savez(os.path.join(directory, "result.npz"), *variables)
+"""
+
+
+def make():
+    config = make_adv_reg_config(
+        multiplier=keras.optimizers.schedules.ExponentialDecay(0.5, 3, 0.8),
+        adv_step_size=keras.optimizers.schedules.PolynomialDecay(0.0, 15, 0.2),
+        pgd_iterations=2,
+        pgd_epsilon=0.2,
+        random_init=True,
+    )
+    model = regularized(classifier(), config, optimizer="adam")
+    model.optimizer.build(model.trainable_weights)
+    return model
+
+
+def process(how, directory):
+    return subprocess.Popen(
+        [sys.executable, "-c", TRAINING, how, str(directory)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=TESTS,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), "."])},
+    )
+
+
+def finish(how, directory):
+    running = process(how, directory)
+    _, errors = running.communicate()
+    assert running.returncode == 0, errors.decode()
+    with np.load(directory / "result.npz") as result:
+        return [result[key] for key in result.files]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    return finish("nothing", tmp_path_factory.mktemp("undisturbed"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "seed"), [("BackupAndRestore", 0), ("BackupAndRestore", 1), ("one file", 2)]
+)
+def test_killed_and_restarted_it_ends_as_if_nothing_had_happened(
+    how, seed, undisturbed, tmp_path
+):
+    rng = random.Random(seed)
+    for _ in range(3):
+        running = process(how, tmp_path)
+        for _ in range(rng.randint(1, 2 * STEPS)):
+            assert running.stdout.readline(), running.communicate()[1].decode()
+        time.sleep(rng.uniform(0, 0.03))
+        running.kill()
+        running.communicate()
+        assert running.returncode == -signal.SIGKILL
+        assert not (tmp_path / "result.npz").exists()
+    for a, b in zip(finish(how, tmp_path), undisturbed, strict=True):
+        np.testing.assert_array_equal(a, b)
