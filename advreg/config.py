@@ -45,9 +45,9 @@ class NormType(str, enum.Enum):
                 if norm.value == name:
                     return norm
         elif isinstance(value, numbers.Real) and not isinstance(value, bool):
-            orders = {1.0: cls.L1, 2.0: cls.L2, math.inf: cls.INFINITY}
-            if float(value) in orders:
-                return orders[float(value)]
+            orders: dict[Any, NormType] = {1: cls.L1, 2: cls.L2, math.inf: cls.INFINITY}
+            if value in orders:
+                return orders[value]
         raise ValueError(
             "`adv_grad_norm` must be one of 'l1', 'l2' and 'infinity' (or 'linf', "
             f"'inf', 1, 2, np.inf). Received: {value!r}"
@@ -82,13 +82,22 @@ class _Config:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Any:
-        """Makes the configuration that `get_config` described."""
-        return cls(
-            **{
-                name: keras.saving.deserialize_keras_object(value)
-                for name, value in config.items()
-            }
-        )
+        """Makes the configuration that `get_config` described.
+
+        Raises:
+            TypeError: A field has the wrong type.
+            ValueError: A field is missing or unknown, or has a value that its rule
+                forbids.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        missing = [name for name in names if name not in config]
+        unknown = [name for name in config if name not in names]
+        if missing or unknown:
+            raise ValueError(
+                f"A serialised `{cls.__name__}` must have the fields {names}. "
+                f"Received: missing={missing}, unknown={unknown}"
+            )
+        return cls(**{name: deserialize(name, config[name]) for name in names})
 
 
 @keras.saving.register_keras_serializable(package="advreg")
@@ -217,6 +226,75 @@ def check_adv_config(value: Any) -> AdvRegConfig:
     return value
 
 
+def deserialize(name: str, value: Any) -> Any:
+    """Reads what `get_config` of a configuration wrote.
+
+    Files come from anywhere: no object is made but those that a configuration may
+    hold, where Keras would make, and even build, whatever layer the file names.
+
+    Args:
+        name: Name of the field or argument.
+        value: What is to be read.
+
+    Raises:
+        TypeError: It describes anything else.
+        ValueError: It describes a schedule that cannot be made.
+    """
+    if isinstance(value, (list, tuple)):
+        return type(value)(
+            deserialize(f"{name}[{i}]", item) for i, item in enumerate(value)
+        )
+    if not isinstance(value, dict):
+        return value
+    if "class_name" not in value or "config" not in value:
+        return {k: deserialize(f"{name}[{k!r}]", item) for k, item in value.items()}
+    class_name, config = value["class_name"], value["config"]
+    if class_name == "__numpy__":
+        return _deserialize_array(name, config)
+    cls = keras.saving.get_registered_object(
+        str(value.get("registered_name"))
+    ) or getattr(keras.optimizers.schedules, str(class_name), None)
+    if not (
+        isinstance(cls, type)
+        and issubclass(cls, (_Config, Schedule))
+        and isinstance(config, dict)
+    ):
+        raise TypeError(
+            f"`{name}` must be a number, an array, a configuration or a schedule. A "
+            "schedule of one's own has to be registered with "
+            "`keras.saving.register_keras_serializable` or to be in `custom_objects`. "
+            f"Received: {value!r}"
+        )
+    if issubclass(cls, _Config):
+        return cls.from_config(config)
+    try:
+        schedule = cls.from_config(config)
+        float(schedule(0))
+    except Exception as error:
+        raise ValueError(
+            f"`{name}` must be a number, or a schedule that gives numbers. "
+            f"{cls.__name__}: {error} Received: {config!r}"
+        ) from error
+    return schedule
+
+
+def _deserialize_array(name: str, config: Any) -> np.ndarray:
+    # NumPy turns strings into numbers, and takes what memory a dtype asks for.
+    try:
+        value, dtype = config["value"], config["dtype"]
+        if dtype in ("float16", "float32", "float64") and all(
+            _is_number(leaf) for leaf in keras.tree.flatten(value)
+        ):
+            return np.array(value, dtype)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        pass
+    raise TypeError(
+        f"`{name}` must be an array of floats: nested lists of numbers as `value`, all "
+        "of one length, and a float `dtype` of 16, 32 or 64 bits. Received: "
+        f"{config!r}"
+    )
+
+
 def make_adv_reg_config(
     multiplier: Number = AdvRegConfig.multiplier,
     feature_mask: Constraint = AdvNeighborConfig.feature_mask,
@@ -303,8 +381,10 @@ def _iterations(value: Any) -> int:
         raise TypeError(
             f"`pgd_iterations` must be an integer. Received: {_show(value)}"
         )
-    if value < 1:
-        raise ValueError(f"`pgd_iterations` must be at least 1. Received: {value!r}")
+    if not 1 <= int(value) < 2**31:
+        raise ValueError(
+            f"`pgd_iterations` must be at least 1 and fit 32 bits. Received: {value!r}"
+        )
     return int(value)
 
 

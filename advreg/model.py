@@ -21,6 +21,7 @@ from advreg.config import (
     AdvRegConfig,
     Schedule,
     check_adv_config,
+    deserialize,
 )
 from advreg.distribution import ReplicaSeedGenerator, unscale_loss
 from advreg.geometry import Tensor
@@ -444,13 +445,34 @@ class AdversarialRegularization(keras.Model):
     def from_config(
         cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
     ) -> AdversarialRegularization:
-        """Makes the model that `get_config` described."""
-        config = dict(config)
-        for name in ("base_model", "adv_config", "dtype"):
-            config[name] = keras.saving.deserialize_keras_object(
-                config[name], custom_objects
+        """Makes the model that `get_config` described.
+
+        Raises:
+            TypeError: An argument has the wrong type, or is of the wrong class.
+            ValueError: An argument is missing or unknown, or has a value that its
+                rule forbids.
+        """
+        names = ["base_model", "adv_config", "label_keys", "sample_weight_key"]
+        names += ["base_with_labels_in_features", "dtype"]
+        missing = [name for name in names if name not in config]
+        if missing:
+            raise ValueError(
+                f"A serialised `{cls.__name__}` must have the arguments {names}. "
+                f"Received: missing={missing}"
             )
-        return cls(**config)
+        # A scope without objects would hide those of the scope around it.
+        scope = (
+            keras.saving.custom_object_scope(custom_objects)
+            if custom_objects
+            else contextlib.nullcontext()
+        )
+        with scope:
+            arguments = {
+                "adv_config": _deserialize_adv_config(config["adv_config"]),
+                "dtype": _deserialize_dtype(config["dtype"]),
+                "base_model": _deserialize_base(config["base_model"]),
+            }
+        return cls(**{**config, **arguments})
 
     def save_own_variables(self, store: Any) -> None:
         """Saves the state of random starts, which Keras leaves out."""
@@ -733,6 +755,38 @@ def _check_base(base_model: Any) -> None:
                 "what the model adds by `add_loss`.",
                 stacklevel=4,
             )
+
+
+def _deserialize_adv_config(value: Any) -> AdvRegConfig:
+    config = deserialize("adv_config", value)
+    if config is None:
+        raise TypeError(
+            "`adv_config` must be a serialised `AdvRegConfig`. Received: None"
+        )
+    return check_adv_config(config)
+
+
+def _deserialize_dtype(value: Any) -> keras.DTypePolicy:
+    try:
+        policy = keras.dtype_policies.get(value)
+        if value is not None and isinstance(policy, keras.DTypePolicy):
+            return policy
+    except Exception:
+        policy = None
+    raise TypeError(
+        "`dtype` must be a serialised `keras.DTypePolicy`, or the name of one. "
+        f"Received: {value!r}"
+    )
+
+
+def _deserialize_base(value: Any) -> Any:
+    try:
+        return keras.saving.deserialize_keras_object(value)
+    except Exception as error:  # Any: Keras trusts in what it once wrote.
+        raise ValueError(
+            "`base_model` must be a serialised Keras 3 model. "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def _add(a: Any, b: Any) -> Any:
