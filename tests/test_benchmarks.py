@@ -7,20 +7,34 @@ import pytest
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 
 
-@pytest.mark.slow
-def test_step_cost_prints_a_row_for_each_attack():
-    # That it runs; what it measures is nothing that a test could hold it to.
-    script = str(BENCHMARKS / "step_cost.py")
+def rows_of(script, *options):
+    """Runs a benchmark, and returns the words of each line that it prints."""
     result = subprocess.run(
-        [sys.executable, script, "--turns", "1", "--batch", "2"],
+        [sys.executable, str(BENCHMARKS / script), "--turns", "1", *options],
         capture_output=True,
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    head, *rows = result.stdout.splitlines()
-    assert head.split() == [
+    return [line.split() for line in result.stdout.splitlines()]
+
+
+# That they run; what they measure is nothing that a test could hold them to.
+
+
+@pytest.mark.slow
+def test_step_cost_prints_a_row_for_each_attack():
+    head, *rows = rows_of("step_cost.py", "--batch", "2")
+    assert head == [
         *("attack", "batch", "plain", "ms", "loop", "ms", "advreg", "ms"),
         *("advreg/plain", "advreg/loop"),
     ]
-    assert [row.split()[:2] for row in rows] == [["FGSM", "2"], ["PGD-10", "2"]]
-    assert all(float(cell) > 0 for row in rows for cell in row.split()[2:])
+    assert [row[:2] for row in rows] == [["FGSM", "2"], ["PGD-10", "2"]]
+    assert all(float(cell) > 0 for row in rows for cell in row[2:])
+
+
+@pytest.mark.slow
+def test_inference_cost_prints_a_row_for_each_method():
+    head, *rows = rows_of("inference_cost.py", "--batch", "8", "--images", "64")
+    assert head == ["method", "batch", "base", "ms", "advreg", "ms", "ratio"]
+    assert [row[:2] for row in rows] == [["evaluate", "8"], ["predict", "8"]]
+    assert all(float(cell) > 0 for row in rows for cell in row[2:])

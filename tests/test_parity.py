@@ -406,3 +406,119 @@ def test_evaluate_and_predict_are_the_base_s(name):
         model.predict(case.x, **arguments),
         base.predict(case.x, **arguments),
     )
+
+
+# --- However `fit` is run
+
+X, Y = rows(13, 4), rows(13, 3, seed=9)
+
+
+def fitted(**compile_arguments):
+    model = Case(dense, compile=compile_arguments).model(wrap, {})
+    history = model.fit(X, Y, batch_size=2, epochs=2, shuffle=False, verbose=0).history
+    return history, model.get_weights()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"steps_per_execution": 3},
+        {"jit_compile": True},
+        {"jit_compile": True, "steps_per_execution": 3},
+        {"jit_compile": "auto"},
+        {"run_eagerly": True},
+    ],
+    ids=str,
+)
+def test_fit_is_the_same_however_it_is_run(arguments):
+    expected, weights = fitted(jit_compile=False)
+    history, got = fitted(**arguments)
+    assert history.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_allclose(history[name], values, rtol=1e-4)
+    for a, b in zip(got, weights, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_single_batches_are_the_base_s(mode):
+    model, base = (
+        Case(dense, compile={"metrics": lambda: ["mae"]}).model(side, mode)
+        for side in (wrap, lambda base: base)
+    )
+    got = model.test_on_batch(X, Y, return_dict=True)
+    assert got == base.test_on_batch(X, Y, return_dict=True)
+    np.testing.assert_array_equal(model.predict_on_batch(X), base.predict_on_batch(X))
+    np.testing.assert_array_equal(model(X), base(X))
+
+
+def test_nothing_to_train():
+    base = dense()
+    base.trainable = False
+    for model in (base, wrap(base)):
+        model.compile("sgd", "mse")
+        before = model.get_weights()
+        with pytest.warns(UserWarning, match="does not have any trainable weights"):
+            model.fit(X, Y, verbose=0)
+        for a, b in zip(model.get_weights(), before, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_two_models_may_share_a_base():
+    base = dense()
+    head = keras.Sequential([base, layers.Dense(2)])
+    first, second = wrap(base), wrap(head)
+    for model in (first, second):
+        model.compile("sgd", "mse")
+    before = base.get_weights()
+    second.train_on_batch(X, Y[:, :2])
+    assert (base.get_weights()[0] != before[0]).any()
+    np.testing.assert_array_equal(first.predict_on_batch(X), base.predict_on_batch(X))
+    assert np.isfinite(first.train_on_batch(X, Y)).all()
+
+
+def test_augmentation_inside_the_model():
+    images = np.random.default_rng(0).uniform(size=(BATCH, 8, 8, 1)).astype("float32")
+    base = sequential(
+        layers.RandomFlip(seed=0),
+        layers.RandomTranslation(0.2, 0.2, seed=1),
+        layers.Resizing(4, 4),
+        layers.Flatten(),
+        layers.Dense(3),
+        shape=(8, 8, 1),
+    )
+    model = wrap(base)
+    for side in (base, model):
+        with pytest.warns(UserWarning, match="doesn't support `jit_compile=True`"):
+            side.compile("sgd", classes(), jit_compile=True)
+            assert np.isfinite(side.train_on_batch(images, CLASSES)).all()
+    moved = model.perturb_on_batch(images, CLASSES) - images
+    size = np.linalg.norm(moved.reshape(BATCH, -1), axis=1)
+    np.testing.assert_allclose(size, STEP_SIZE, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_mobilenet():
+    def mobilenet():
+        return keras.applications.MobileNetV2(
+            (32, 32, 3), weights=None, classes=3, classifier_activation=None
+        )
+
+    images = np.random.default_rng(0).uniform(-1, 1, (BATCH, 32, 32, 3))
+    case = Case(
+        mobilenet,
+        x=images,
+        y=CLASSES,
+        compile={"loss": classes},
+        policy="float64",  # Statistics of 6 values, 52 times, magnify rounding.
+    )
+    model, reference = (
+        case.model(side, {"jit_compile": False}) for side in (wrap, lambda base: base)
+    )
+    model.train_on_batch(case.x, case.y)
+    nested_tapes(reference, case.x, case.y, None)
+    for variable, wanted in zip(
+        model.base_model.variables, reference.variables, strict=True
+    ):
+        np.testing.assert_allclose(
+            variable, wanted, rtol=1e-3, atol=1e-4, err_msg=variable.path
+        )
