@@ -9,14 +9,26 @@ from hypothesis import settings
 
 # Compiling makes the first example of a test slow, which is no fault of the test.
 # By default the examples are the same in every run, so that a change is judged by what
-# it changed; the nightly profile looks for new ones.
+# it changed; `-m nightly` looks for new ones.
 settings.register_profile(
     "default", deadline=None, max_examples=50, derandomize=True, database=None
 )
 settings.register_profile("nightly", deadline=None, max_examples=1000)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+settings.load_profile("default")
 
 SHARED = Path(__file__).parents[2] / "shared" / "tensorflow_datasets"
+
+
+def pytest_configure(config):
+    if "nightly" in config.option.markexpr:
+        settings.load_profile("nightly")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if getattr(item.obj, "is_hypothesis_test", False):
+            item.add_marker("nightly")
 
 
 @pytest.fixture

@@ -490,7 +490,7 @@ def test_augmentation_inside_the_model():
     for side in (base, model):
         with pytest.warns(UserWarning, match="doesn't support `jit_compile=True`"):
             side.compile("sgd", classes(), jit_compile=True)
-            assert np.isfinite(side.train_on_batch(images, CLASSES)).all()
+        assert np.isfinite(side.train_on_batch(images, CLASSES)).all()
     moved = model.perturb_on_batch(images, CLASSES) - images
     size = np.linalg.norm(moved.reshape(BATCH, -1), axis=1)
     np.testing.assert_allclose(size, STEP_SIZE, rtol=1e-4)

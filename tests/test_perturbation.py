@@ -48,21 +48,21 @@ def follow(x, slope, config, seed=None):
     norm=st.sampled_from(NORMS),
     dtype=st.sampled_from(["float16", "bfloat16", "float32", "float64"]),
     batch=st.integers(1, 3),
-    values=st.integers(1, 6),
+    shape=st.lists(st.integers(1, 3), min_size=1, max_size=3),
     iterations=st.integers(1, 4),
     step=st.floats(0.0, 2.0, allow_subnormal=False),
     radius=st.floats(0.0, 2.0, allow_subnormal=False),
     random_init=st.booleans(),
     low=st.floats(-1.0, 0.0, allow_subnormal=False),
     high=st.floats(0.0, 1.0, allow_subnormal=False),
-    mask=st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=6, max_size=6),
+    mask=st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=27, max_size=27),
     seed=st.integers(0, 10**6),
 )
 def test_stays_in_the_ball_and_the_range_and_behind_the_mask(
     norm,
     dtype,
     batch,
-    values,
+    shape,
     iterations,
     step,
     radius,
@@ -74,13 +74,14 @@ def test_stays_in_the_ball_and_the_range_and_behind_the_mask(
 ):
     rng = np.random.default_rng(seed)
     dtype = tf.as_dtype(dtype).as_numpy_dtype  # NumPy alone has no bfloat16.
-    x = rng.uniform(low, high, (batch, values))
+    values = int(np.prod(shape))
+    x = rng.uniform(low, high, (batch, *shape))
     x[abs(x) < np.finfo("float32").tiny] = 0.0  # TensorFlow flushes subnormals.
     x = x.astype(dtype)
     slope = rng.normal(size=(batch, values)) * rng.integers(0, 2, (batch, 1))
     mask = np.array(mask[:values])
     config = AdvNeighborConfig(
-        feature_mask=mask,
+        feature_mask=mask.reshape(shape),
         adv_step_size=step,
         adv_grad_norm=norm,
         clip_value_min=low,
@@ -89,8 +90,8 @@ def test_stays_in_the_ball_and_the_range_and_behind_the_mask(
         pgd_epsilon=radius,
         random_init=random_init,
     )
-    x_adv = ascend(x, slope, config, keras.random.SeedGenerator(seed))
-    d = x_adv.astype("float64") - x.astype("float64")
+    x_adv = ascend(x, slope.reshape(x.shape), config, keras.random.SeedGenerator(seed))
+    d = (x_adv.astype("float64") - x.astype("float64")).reshape(batch, values)
     rounding = float(ml_dtypes.finfo(dtype).eps) * 2
     assert (x_adv >= np.array(low, dtype)).all()
     assert (x_adv <= np.array(high, dtype)).all()
