@@ -39,7 +39,7 @@ from advreg.perturbation import (
 )
 from advreg.saving import save_whole
 
-_SEED_KEY = "adversarial_seed"
+_RANDOM_STATE = "random_state_"
 
 
 @keras.saving.register_keras_serializable(package="advreg")
@@ -475,19 +475,31 @@ class AdversarialRegularization(keras.Model):
         return cls(**{**config, **arguments})
 
     def save_own_variables(self, store: Any) -> None:
-        """Saves the state of random starts, which Keras leaves out."""
+        """Saves the random state, of dropout as well, which Keras leaves out."""
         super().save_own_variables(store)
-        store[_SEED_KEY] = self._training_seed.state.numpy()
+        for index, state in enumerate(self._random_state()):
+            store[f"{_RANDOM_STATE}{index}"] = state.numpy()
 
     def load_own_variables(self, store: Any) -> None:
-        """Loads the state of random starts, so that training goes on where it was."""
+        """Loads the random state too, so that training goes on where it was."""
         saved = {key: store[key] for key in store.keys()}  # noqa: SIM118
-        state = saved.pop(_SEED_KEY, None)
-        if state is not None:
-            self._training_seed.state.assign(state)
+        states = self._random_state()
+        found = sum(key.startswith(_RANDOM_STATE) for key in saved)
+        if found != len(states):
+            raise ValueError(
+                f"`{self.name}` draws random numbers in {len(states)} places, the file "
+                f"holds the states of {found}. Load it into the model that saved it."
+            )
+        for index, state in enumerate(states):
+            state.assign(saved.pop(f"{_RANDOM_STATE}{index}"))
         super().load_own_variables(saved)
 
     # What follows is the model's own.
+
+    def _random_state(self) -> list[keras.Variable]:
+        """The states of all generators that the model draws from."""
+        weights = {id(weight) for weight in self.weights}
+        return [v for v in self.variables if id(v) not in weights]
 
     @property
     def _training_trackers(self) -> tuple[keras.metrics.Metric, ...]:

@@ -705,7 +705,7 @@ def test_saved_and_loaded_it_trains_on_as_if_nothing_had_happened(tmp_path):
         feature_mask=np.array([1, 1, 0, 1, 0.5, 1]),
     )
     model = AdversarialRegularization(
-        classifier(), config, label_keys=["y"], sample_weight_key="w", name="robust"
+        busy_base(), config, label_keys=["y"], sample_weight_key="w", name="robust"
     )
     model.compile("adam", cross_entropy(), metrics=["accuracy"])
     model.fit(X, Y, batch_size=6, shuffle=False, verbose=0)
@@ -726,17 +726,24 @@ def test_saved_and_loaded_it_trains_on_as_if_nothing_had_happened(tmp_path):
 
 
 def test_weights_alone_carry_the_random_state(tmp_path):
-    def make():
-        keras.utils.set_random_seed(int(np.random.default_rng().integers(1000)))
-        return regularized(classifier(), make_adv_reg_config(random_init=True))
+    def make(seed):
+        keras.utils.set_random_seed(seed)
+        return regularized(busy_base(), make_adv_reg_config(random_init=True))
 
-    model, other = make(), make()
+    model, other = make(0), make(1)
     model.fit(X, Y, verbose=0)
     model.save_weights(tmp_path / "model.weights.h5")
     other.load_weights(tmp_path / "model.weights.h5")
-    np.testing.assert_array_equal(
-        model._training_seed.state, other._training_seed.state
-    )
+    for call in ("train_on_batch", "perturb_on_batch"):
+        got, expected = (getattr(side, call)(X, Y) for side in (other, model))
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_weights_of_a_model_with_other_layers_are_refused(tmp_path):
+    path = tmp_path / "model.weights.h5"
+    AdversarialRegularization(classifier()).save_weights(path)
+    with pytest.raises(ValueError, match=r"random numbers in 3 places.*states of 2"):
+        AdversarialRegularization(busy_base()).load_weights(path)
 
 
 def test_the_base_saves_without_advreg(tmp_path):
@@ -835,6 +842,43 @@ def test_exports_the_base(tmp_path):
     model.export(tmp_path / "served", verbose=False)
     served = tf.saved_model.load(tmp_path / "served")
     np.testing.assert_allclose(served.serve(X), model.predict(X, verbose=0), rtol=1e-5)
+
+
+def test_exports_keep_the_types_of_inputs(tmp_path):
+    ids, x = keras.Input((2,), dtype="int32", name="ids"), keras.Input((4,), name="x")
+    embedded = layers.Flatten()(layers.Embedding(5, 2)(ids))
+    outputs = layers.Dense(3)(layers.Concatenate()([embedded, x]))
+    model = regularized(keras.Model({"ids": ids, "x": x}, outputs))
+    data = {"ids": np.ones((12, 2), "int32"), "x": rows(12, 4)}
+    model.fit(data, Y, verbose=0)
+    model.export(tmp_path / "served", verbose=False)
+    served = tf.saved_model.load(tmp_path / "served")
+    signature = served.signatures["serving_default"].structured_input_signature[1]
+    assert {name: spec.dtype for name, spec in signature.items()} == {
+        "ids": tf.int32,
+        "x": tf.float32,
+    }
+    np.testing.assert_allclose(
+        served.serve(data), model.predict(data, verbose=0), rtol=1e-5
+    )
+
+
+@pytest.mark.slow
+def test_exports_are_served_without_advreg(tmp_path):
+    model = regularized(classifier())
+    model.fit(X, Y, verbose=0)
+    model.export(tmp_path / "served", verbose=False)
+    script = (
+        "import sys; sys.modules['advreg'] = None\n"
+        "import numpy as np, tensorflow as tf\n"
+        "served = tf.saved_model.load(sys.argv[1])\n"
+        "np.save(sys.argv[1] + '/got.npy', served.serve(np.load(sys.argv[2])))"
+    )
+    np.save(tmp_path / "x.npy", X)
+    paths = [str(tmp_path / "served"), str(tmp_path / "x.npy")]
+    subprocess.run([sys.executable, "-c", script, *paths], check=True)
+    got = np.load(tmp_path / "served" / "got.npy")
+    np.testing.assert_allclose(got, model.predict(X, verbose=0), rtol=1e-5)
 
 
 # --- Errors

@@ -132,6 +132,13 @@ def three_inputs():
     return keras.Model({**x, "ids": ids}, layers.Dense(3)(hidden))
 
 
+def masked_embedding():
+    """A GRU over embedded tokens, of which 0 is padding, beside floats."""
+    ids, x = keras.Input((5,), dtype="int32"), keras.Input((4,))
+    hidden = layers.GRU(3)(layers.Embedding(6, 2, mask_zero=True)(ids))
+    return keras.Model([ids, x], layers.Dense(3)(layers.Concatenate()([hidden, x])))
+
+
 def nested_and_shared():
     inner = sequential(layers.Dense(4, "tanh"))
     left, right = keras.Input((4,)), keras.Input((4,))
@@ -306,6 +313,9 @@ CASES = {
         x=padded(),
         y=targets(5, 3),
         compile={"weighted_metrics": lambda: ["mae"]},
+    ),
+    "embedding mask": Case(
+        masked_embedding, x=[np.eye(BATCH, 5, dtype="int32") * 3, rows(BATCH, 4)]
     ),
     "attention": Case(attention, x=SEQUENCE, draws=True),
     "convolution": Case(

@@ -9,7 +9,7 @@ import time
 import keras
 import numpy as np
 import pytest
-from models import classifier, regularized
+from models import busy_base, regularized
 
 from advreg import make_adv_reg_config
 
@@ -45,7 +45,7 @@ elif how == "one file":
     callbacks.append(keras.callbacks.ModelCheckpoint(file))
 model.fit(X, Y, batch_size=3, epochs=EPOCHS, initial_epoch=initial_epoch,
           shuffle=False, callbacks=callbacks, verbose=0)
-variables = [*model.weights, *model.optimizer.variables, model._training_seed.state]
+variables = [*model.variables, *model.optimizer.variables]
 np.savez(os.path.join(directory, "result.npz"), *variables)
 """
 
@@ -58,9 +58,7 @@ def make():
         pgd_epsilon=0.2,
         random_init=True,
     )
-    model = regularized(classifier(), config, optimizer="adam")
-    model.optimizer.build(model.trainable_weights)
-    return model
+    return regularized(busy_base(), config, optimizer="adam")
 
 
 def process(how, directory):

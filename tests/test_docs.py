@@ -1,0 +1,41 @@
+"""The tests that the documentation names are there; all cases of the grid are named."""
+
+import ast
+import pathlib
+import re
+
+import pytest
+from test_parity import CASES
+
+TESTS = pathlib.Path(__file__).parent
+TABLE = (TESTS.parent / "docs" / "keras.md").read_text()
+ROWS = [line.split("|")[1:-1] for line in TABLE.splitlines() if line.startswith("| ")]
+
+
+def functions_of(module):
+    tree = ast.parse((TESTS / f"{module}.py").read_text())
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("row", ROWS[2:], ids=lambda row: row[1].strip()[:40])
+def test_each_row_is_proved_by_tests_that_exist(row):
+    *_, mark, proof = (cell.strip() for cell in row)
+    assert mark in {"✓", "—"}
+    names = re.findall(r"`((?:test_|#)[^`]+)`", proof)
+    assert names
+    for name in names:
+        if name.startswith("#"):
+            assert name[1:] in CASES
+        else:
+            module, function = name.split(".")
+            assert function in functions_of(module)
+
+
+def test_each_case_of_the_grid_is_in_a_row():
+    named = set(re.findall(r"`#([^`]+)`", TABLE))
+    assert named <= set(CASES)
+    assert set(CASES) - named == {
+        "dense",
+        "reduction mean",
+        "reduction sum_over_batch_size",
+    }
