@@ -728,13 +728,17 @@ class AdversarialRegularization(keras.Model):
 
 
 def _check_keywords(kwargs: dict[str, Any]) -> None:
-    """Checks that no hyperparameter is passed to the model itself."""
+    """Checks what is passed to `keras.Model`, which older versions of it do not."""
     misplaced = sorted(set(kwargs) & {"multiplier", *_neighbor_fields()})
     if misplaced:
         raise TypeError(
             "Hyperparameters belong in the configuration: "
             "`AdversarialRegularization(base_model, make_adv_reg_config(...))`. "
             f"Received: {misplaced}"
+        )
+    if not isinstance(kwargs.get("trainable", True), bool):
+        raise TypeError(
+            f"`trainable` must be a bool. Received: {kwargs['trainable']!r}"
         )
 
 

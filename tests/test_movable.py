@@ -76,7 +76,7 @@ def test_a_batch_that_does_not_count_at_all(mode):
     model = regularized(classifier(), RESTLESS, **mode)
     before = model.get_weights()
     logs = model.train_on_batch(X, Y, np.zeros(12, "float32"), return_dict=True)
-    assert set(logs.values()) == {0.0}
+    assert all(float(value) == 0.0 for value in logs.values())
     for a, b in zip(model.get_weights(), before, strict=True):
         np.testing.assert_array_equal(a, b)
 
