@@ -14,7 +14,7 @@ settings.register_profile(
     "default", deadline=None, max_examples=50, derandomize=True, database=None
 )
 settings.register_profile("nightly", deadline=None, max_examples=1000)
-settings.load_profile("default")
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 SHARED = Path(__file__).parents[2] / "shared" / "tensorflow_datasets"
 

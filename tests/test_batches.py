@@ -285,6 +285,34 @@ def test_keys_that_the_base_declares_are_features():
         model.fit(x, verbose=0)
 
 
+def test_keys_that_the_base_does_not_declare_stay_away_from_it():
+    inputs = STRUCTURED_INPUTS["dict"]()
+    hidden = layers.Concatenate()([inputs["a"], inputs["b"]])
+    base = keras.Model(inputs, layers.Dense(3)(hidden))
+    model = regularized(base, make_adv_reg_config(adv_step_size=0.3))
+    x = {"a": LEFT, "b": RIGHT}
+    more = {**x, "more": rows(12, 1)}
+    model.fit(more, Y, verbose=0)
+    np.testing.assert_array_equal(
+        model.predict(more, verbose=0), model.predict(x, verbose=0)
+    )
+    perturbed = model.perturb_on_batch(more, Y)
+    assert not np.allclose(perturbed["a"], LEFT)
+    np.testing.assert_array_equal(perturbed["more"], more["more"])
+    with pytest.raises(ValueError, match=r"['\"]b['\"]"):
+        model.train_on_batch({"a": LEFT}, Y)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Keras expects that key alone.
+def test_a_base_of_one_input_finds_it_by_its_name():
+    inputs = keras.Input((6,), name="x")
+    model = regularized(keras.Model(inputs, layers.Dense(3)(inputs)))
+    np.testing.assert_array_equal(
+        model.predict({"more": rows(12, 6, seed=2), "x": X}, verbose=0),
+        model.predict(X, verbose=0),
+    )
+
+
 def test_keys_beside_labels_are_features_even_of_a_base_that_declares_nothing():
     base = Subclassed()
     model = regularized(base, make_adv_reg_config(adv_step_size=0.3))
@@ -328,8 +356,11 @@ def test_missing_labels(mode):
         ({"x": X, "labels": Y}, r"\['x', 'labels'\]"),
     ]:
         for call in (model.train_on_batch, model.test_on_batch, model.perturb_on_batch):
-            with pytest.raises(ValueError, match=f"(?s)Labels are missing.*{message}"):
+            with pytest.raises(
+                ValueError, match=f"(?s)Labels are missing.*{message}"
+            ) as caught:
                 call(x)
+            assert "base_with_labels_in_features" not in str(caught.value)
     several = AdversarialRegularization(classifier(), label_keys=["a", "b"])
     several.compile("sgd", cross_entropy(), **mode)
     with pytest.raises(ValueError, match=r"\('a', 'b'\).*\['x', 'a'\]"):

@@ -38,3 +38,21 @@ def test_inference_cost_prints_a_row_for_each_method():
     assert head == ["method", "batch", "base", "ms", "advreg", "ms", "ratio"]
     assert [row[:2] for row in rows] == [["evaluate", "8"], ["predict", "8"]]
     assert all(float(cell) > 0 for row in rows for cell in row[2:])
+
+
+@pytest.mark.slow
+def test_mutation_counts_its_mutants():
+    pytest.importorskip("cosmic_ray")
+    module = BENCHMARKS.parent / "advreg" / "config.py"
+    before = module.read_bytes()
+    script = str(BENCHMARKS / "mutation.py")
+    result = subprocess.run(
+        [sys.executable, script, "config", "--sample", "2"],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    name, mutants, killed, survived = result.stdout.splitlines()[-1].split()
+    assert (name, mutants) == ("config", "2")
+    assert int(killed) + int(survived) == 2
+    assert module.read_bytes() == before

@@ -73,6 +73,8 @@ def test_make_takes_the_fields_of_both():
 def test_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         AdvRegConfig().multiplier = 1.0
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        AdvNeighborConfig().adv_step_size = 1.0
 
 
 def test_arrays_are_copied_and_read_only():
@@ -115,8 +117,8 @@ def test_arrays_are_copied_and_read_only():
         ("feature_mask", np.array(["a"]), TypeError, "numbers"),
         ("clip_value_min", np.nan, ValueError, "NaN"),
         ("clip_value_max", {"a": np.array([np.nan])}, ValueError, r"\['a'\].*NaN"),
-        ("clip_value_max", {"a": object()}, TypeError, r"\['a'\].*number"),
-        ("clip_value_min", 1j, TypeError, "number"),
+        ("clip_value_max", {"a": object()}, TypeError, r"\['a'\].*number, an array"),
+        ("clip_value_min", 1j, TypeError, "number, an array"),
     ],
 )
 def test_wrong_values_are_refused_when_the_object_is_made(field, value, error, message):
@@ -134,6 +136,7 @@ def test_wrong_values_are_refused_when_the_object_is_made(field, value, error, m
         ([0.0, 3.0], (1.0, 1.0), "structure"),
         ([0.0, 3.0], [1.0, 1.0], r"\[1\].*above"),
         ([0.0], [1.0, 1.0], "structure"),
+        ([0.0, 0.0], [1.0], "structure"),
         ({"a": 0.0}, [1.0], "structure"),
         (np.zeros(2), np.ones(3), r"broadcast.*\(2,\) and \(3,\)"),
     ],
@@ -210,12 +213,21 @@ def test_survives_serialisation(config):
         assert float(loaded.multiplier(10)) == float(config.multiplier(10))
 
 
+def test_structures_keep_their_type():
+    assert AdvNeighborConfig(feature_mask=[0, None]).feature_mask == [0.0, None]
+    assert AdvNeighborConfig(feature_mask=(0, None)).feature_mask == (0.0, None)
+    assert AdvNeighborConfig(feature_mask={"a": [0]}).feature_mask == {"a": [0.0]}
+
+
 def test_equality_is_by_value():
     def config(**kwargs):
         return AdvNeighborConfig(feature_mask=np.array([0, 1]), **kwargs)
 
     assert config() == config()
     assert config() != config(adv_step_size=0.5)
+    assert config(adv_step_size=0.5) != config()
+    ordered = AdvNeighborConfig(feature_mask={"a": 0, "b": 1})
+    assert ordered == AdvNeighborConfig(feature_mask={"b": 1, "a": 0})
     assert config() != AdvNeighborConfig(feature_mask=np.array([1, 0]))
     assert config() != "config"
     assert len({config(), config(), AdvNeighborConfig()}) == 2

@@ -75,6 +75,14 @@ def test_squares_neither_underflow_nor_overflow(norm, scale):
             np.testing.assert_allclose(direction, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_smallest_normal_number_still_counts(norm, dtype):
+    gradient = tf.constant([[np.finfo(dtype).tiny, 0.0]], dtype)
+    direction = run(steepest_direction, gradient, NormType(norm))
+    np.testing.assert_array_equal(direction, [[1.0, 0.0]])
+
+
 def test_ties_of_l1_are_shared():
     direction = steepest_direction(tf.constant([[2.0, -2.0, 1.0, 2.0]]), NormType.L1)
     np.testing.assert_allclose(direction, [[1 / 3, -1 / 3, 0, 1 / 3]])
@@ -108,6 +116,20 @@ def test_what_is_inside_comes_back_unchanged(displacement, norm):
 def test_l1_projection_is_not_a_rescaling():
     got = project(tf.constant([[3.0, 1.0, -0.5]]), 2.0, NormType.L1)
     np.testing.assert_allclose(got, [[2.0, 0.0, 0.0]])
+
+
+def test_l1_projection_of_what_is_much_larger_than_the_ball():
+    rows = tf.constant([[3e6, -1.0, 3e6 - 0.25], [3e6, -3e6, 0.0]])
+    got = project(rows, 1e-3, NormType.L1)
+    np.testing.assert_allclose(got, [[1e-3, 0, 0], [5e-4, -5e-4, 0]], rtol=1e-6)
+
+
+def test_l1_projection_adds_no_roundings_up():
+    rows = np.random.default_rng(0).normal(size=(20, 5000)) * 0.01
+    got = project(tf.constant(rows, "float32"), 2.0, NormType.L1)
+    size = norms(got.numpy().astype("float64"), "l1")
+    assert (size <= 2.0 * (1 + 5e-7)).all()
+    np.testing.assert_allclose(size, 2.0, rtol=1e-5)
 
 
 @pytest.mark.parametrize("norm", NORMS)

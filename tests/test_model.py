@@ -164,31 +164,55 @@ def test_a_step_equals_nested_tapes(iterations, mode):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_embedding_gradients_of_both_passes_count():
+def embedding_step(multiplier, regularizer=None):
+    """The step that SGD takes with the table of an embedding, and its gradient."""
+
     class Base(keras.Model):
         def __init__(self):
             super().__init__()
-            self.embed = layers.Embedding(5, 2)
+            self.embed = layers.Embedding(5, 2, embeddings_regularizer=regularizer)
             self.dense = layers.Dense(3)
 
         def call(self, inputs):
             embedded = self.embed(inputs["token"])
             return self.dense(ops.concatenate([embedded, inputs["x"]], axis=-1))
 
+    class Recording(keras.optimizers.SGD):
+        def apply_gradients(self, grads_and_vars):
+            pairs = list(grads_and_vars)
+            self.received = {v.path: g for g, v in pairs}
+            return super().apply_gradients(pairs)
+
     x = {"token": np.array([0, 1, 1, 4]), "x": rows(4, 2)}
     y = np.array([0, 1, 2, 1])
-    steps = []
-    for multiplier in (0.0, 1.0):
-        keras.utils.set_random_seed(0)
-        base = Base()
-        base(x)
-        before = base.embed.get_weights()[0]
-        config = make_adv_reg_config(multiplier=multiplier, adv_step_size=0.0)
-        regularized(base, config).train_on_batch(x, y)
-        steps.append(base.embed.get_weights()[0] - before)
+    keras.utils.set_random_seed(0)
+    base = Base()
+    base(x)
+    table = base.embed.trainable_weights[0]
+    before = table.numpy()
     # A step of size zero makes the adversarial loss the clean one.
-    np.testing.assert_allclose(steps[1], 2 * steps[0], rtol=1e-4, atol=1e-7)
-    assert np.abs(steps[0]).sum() > 0
+    config = make_adv_reg_config(multiplier=multiplier, adv_step_size=0.0)
+    optimizer = Recording(LEARNING_RATE)
+    model = regularized(base, config, optimizer=optimizer)
+    model.train_on_batch(x, y)
+    return table.numpy() - before, optimizer.received[table.path]
+
+
+def test_embedding_gradients_of_both_passes_count():
+    clean, _ = embedding_step(0.0)
+    both, gradient = embedding_step(1.0)
+    np.testing.assert_allclose(both, 2 * clean, rtol=1e-4, atol=1e-7)
+    assert np.abs(clean).sum() > 0
+    # Rows that no example has looked up take no memory and no time.
+    assert isinstance(gradient, tf.IndexedSlices)
+
+
+def test_sparse_gradients_add_to_those_of_a_regularizer():
+    data, _ = embedding_step(0.0)
+    clean, _ = embedding_step(0.0, "l2")
+    both, _ = embedding_step(1.0, "l2")
+    np.testing.assert_allclose(both - clean, data, rtol=1e-4, atol=1e-7)
+    assert not np.allclose(clean, data)
 
 
 # --- A multiplier of zero

@@ -2,6 +2,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from oracle import NORMS
 from test_perturbation import RNG, follow
 
 from advreg import AdvNeighborConfig
@@ -70,6 +71,17 @@ def test_structures_constrain_each_feature():
     assert not d["more"][1].any()
 
 
+def test_an_array_constrains_a_feature_of_any_rank():
+    config = AdvNeighborConfig(
+        adv_step_size=20.0,
+        adv_grad_norm="linf",
+        feature_mask=np.array([[1, 0], [1, 1]]),
+        clip_value_max=np.array([[5.0], [6.0]]),
+    )
+    d = follow(np.zeros((3, 2, 2)), np.ones((3, 2, 2)), config)
+    np.testing.assert_allclose(d, [[[5, 0], [6, 6]]] * 3)
+
+
 def test_arrays_may_differ_from_example_to_example():
     high = np.arange(3.0)[:, None, None] + 5
     d = perturb_structure(
@@ -80,6 +92,36 @@ def test_arrays_may_differ_from_example_to_example():
     np.testing.assert_allclose(
         FEATURES["image"] + d["image"], np.broadcast_to(high, (3, 2, 2))
     )
+
+
+@pytest.mark.parametrize(
+    ("field", "sign"), [("clip_value_min", -1.0), ("clip_value_max", 1.0)]
+)
+def test_what_a_structure_leaves_out_has_no_bound(field, sign):
+    config = AdvNeighborConfig(
+        adv_step_size=1.0, adv_grad_norm="linf", **{field: {"a": 0.5 * sign, "b": None}}
+    )
+    x = {name: tf.zeros((2, 1)) for name in "abc"}
+    slopes = [sign * tf.ones((2, 1))] * 3
+    x_adv = perturb(x, slopes, lambda _: slopes, Settings.of(config))
+    np.testing.assert_array_equal(x_adv["a"], [[0.5 * sign]] * 2)
+    np.testing.assert_array_equal(x_adv["b"], [[sign]] * 2)
+    np.testing.assert_array_equal(x_adv["c"], [[sign]] * 2)
+
+
+def test_two_features_with_a_range_for_each_example():
+    high = {
+        "a": np.array([[1.0], [2.0]]),
+        "b": np.array([[3.0, 4.0], [5.0, 6.0]]),
+    }
+    config = AdvNeighborConfig(
+        adv_step_size=9.0, adv_grad_norm="linf", clip_value_max=high
+    )
+    x = {"a": tf.zeros((2, 1)), "b": tf.zeros((2, 2))}
+    slopes = [tf.ones((2, 1)), tf.ones((2, 2))]
+    x_adv = perturb(x, slopes, lambda _: slopes, Settings.of(config))
+    np.testing.assert_array_equal(x_adv["a"], high["a"])
+    np.testing.assert_array_equal(x_adv["b"], high["b"])
 
 
 def test_what_is_said_of_a_feature_must_fit_even_if_it_does_not_move():
@@ -113,6 +155,21 @@ def test_a_masked_value_never_moves_even_outside_the_range():
     np.testing.assert_allclose(d, [[0.0, -6.0]])
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_masked_value_takes_no_room_in_the_ball(norm):
+    config = AdvNeighborConfig(
+        feature_mask=np.array([0, 1]),
+        clip_value_min=-5.0,
+        clip_value_max=5.0,
+        adv_grad_norm=norm,
+        adv_step_size=0.2,
+        pgd_iterations=4,
+        pgd_epsilon=0.3,
+    )
+    d = follow(np.zeros((1, 2)), [[1.0, 1.0]], config)
+    np.testing.assert_allclose(d, [[0.0, 0.3]])
+
+
 def test_the_range_wins_over_the_ball():
     config = AdvNeighborConfig(adv_step_size=0.1, pgd_epsilon=0.1, clip_value_max=0.0)
     np.testing.assert_allclose(follow(np.array([[3.0]]), [[1.0]], config), [[-3.0]])
@@ -124,6 +181,7 @@ def test_the_range_wins_over_the_ball():
         ("feature_mask", {"imagee": 0}, r"keys \['imagee'\] that are no features"),
         ("feature_mask", [1, 0], "list, and the features are not.*NumPy array"),
         ("feature_mask", {"more": [1]}, r"\['more'\].*1 entries, and there are 2"),
+        ("feature_mask", {"more": [1, 1, 1]}, r"\['more'\].*3 entries.*are 2"),
         ("feature_mask", {"more": {"a": 1}}, "dictionary, and the features are not"),
         ("feature_mask", {"image": {"a": 1}}, "dictionary, and the features are not"),
         ("clip_value_min", np.zeros(5), r"broadcast.*\(3, 2, 2\).*\(5,\)"),

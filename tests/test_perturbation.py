@@ -359,6 +359,21 @@ def test_adversarial_loss_equals_the_oracle(weighted, iterations, known, graph):
     np.testing.assert_allclose(bias[0], expected[1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("known", ["predictions", "labeled_loss"])
+def test_inside_a_function_what_is_known_needs_no_tape(known):
+    x, y, _ = (tf.constant(a) for a in data())
+    model = linear_model()
+    expected = adversarial_loss(x, y, model, loss_fn)
+
+    @tf.function
+    def run(x, y):
+        values = {"predictions": model(x)}
+        values["labeled_loss"] = loss_fn(y, values["predictions"])
+        return adversarial_loss(x, y, model, loss_fn, **{known: values[known]})
+
+    np.testing.assert_allclose(run(x, y), expected, rtol=1e-6)
+
+
 def test_adversarial_loss_under_an_active_persistent_tape():
     x, y, _ = (tf.constant(a) for a in data())
     model = linear_model()
@@ -446,6 +461,14 @@ def test_errors_of_custom_loops():
         gen_adv_neighbor(
             x, loss, AdvNeighborConfig(pgd_iterations=2), gradient_tape=tape
         )
+    with pytest.raises(ValueError, match=r"needed where.*pgd_loss_fn=None"):
+        gen_adv_neighbor(
+            x,
+            loss,
+            AdvNeighborConfig(random_init=True),
+            gradient_tape=tape,
+            pgd_model_fn=model,
+        )
     schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.5)
     with pytest.raises(ValueError, match="`adv_step_size` is a schedule"):
         gen_adv_neighbor(x, loss, AdvNeighborConfig(adv_step_size=schedule))
@@ -466,15 +489,15 @@ def test_raise_invalid_gradient_names_what_cannot_be_perturbed():
     x = {"a": tf.ones((2, 1)), "b": tf.constant([1, 2]), "c": tf.ones((2, 1))}
     config = AdvNeighborConfig(adv_step_size=0.5)
 
-    def neighbor(raise_invalid_gradient):
+    def neighbor(*raise_invalid_gradient):
         with tf.GradientTape() as tape:
             tape.watch([x["a"], x["c"]])
             loss = tf.reduce_sum(x["a"] ** 2)
         return gen_adv_neighbor(
-            x, loss, config, raise_invalid_gradient, gradient_tape=tape
+            x, loss, config, *raise_invalid_gradient, gradient_tape=tape
         )
 
-    result, _ = neighbor(False)
+    result, _ = neighbor()
     np.testing.assert_allclose(result["a"], 1.5)
     np.testing.assert_allclose(result["c"], 1.0)
     with pytest.raises(ValueError, match=r"\['b', 'c'\]"):
