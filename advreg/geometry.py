@@ -53,15 +53,15 @@ def steepest_direction(gradient: Tensor, norm: NormType) -> Tensor:
     # Dividing by the largest magnitude first keeps squares from under- and
     # overflowing, whatever the loss is scaled by.
     magnitude = ops.abs(gradient)
-    largest = ops.max(magnitude, axis=-1, keepdims=True)
+    largest = ops.max(magnitude, axis=1, keepdims=True)
     tiny = _tiny(gradient)
     nonzero = largest >= tiny
     if norm is NormType.L1:
         ties = ops.cast(ops.logical_and(magnitude == largest, nonzero), gradient.dtype)
-        count = ops.maximum(ops.sum(ties, axis=-1, keepdims=True), 1.0)
+        count = ops.maximum(ops.sum(ties, axis=1, keepdims=True), 1.0)
         return ops.sign(gradient) * (ties / count)
     scaled = ops.where(nonzero, gradient / ops.maximum(largest, tiny), 0.0)
-    length = ops.sqrt(ops.sum(ops.square(scaled), axis=-1, keepdims=True))
+    length = ops.sqrt(ops.sum(ops.square(scaled), axis=1, keepdims=True))
     return scaled / ops.maximum(length, 1.0)  # A row that is not zero has length >= 1.
 
 
@@ -87,19 +87,19 @@ def project(displacement: Tensor, radius: Tensor | float, norm: NormType) -> Ten
     if norm is NormType.L2:
         return displacement * _shrinkage(l2_norm(displacement), radius)
     magnitude = ops.abs(displacement)
-    outside = ops.sum(magnitude, axis=-1, keepdims=True) > radius
+    outside = ops.sum(magnitude, axis=1, keepdims=True) > radius
     # All that follows is relative to the largest component, so that nothing cancels
     # where the displacement is much larger than the ball.
-    below = magnitude - ops.max(magnitude, axis=-1, keepdims=True)
-    descending = -ops.sort(-below, axis=-1)
-    excess = ops.cumsum(descending, axis=-1) - radius
-    ranks = ops.cast(ops.arange(1, ops.shape(displacement)[-1] + 1), excess.dtype)
+    below = magnitude - ops.max(magnitude, axis=1, keepdims=True)
+    descending = -ops.sort(-below, axis=1)
+    excess = ops.cumsum(descending, axis=1) - radius
+    ranks = ops.cast(ops.arange(1, ops.shape(displacement)[1] + 1), excess.dtype)
     # If the k largest components stay, they share the threshold `excess / k`, and the
     # k that solves the problem is the one that makes it largest.
-    threshold = ops.max(excess / ranks, axis=-1, keepdims=True)
+    threshold = ops.max(excess / ranks, axis=1, keepdims=True)
     shrunk = ops.maximum(below - threshold, 0.0)
     # A sum of many roundings is left: the last factor takes out what exceeds the ball.
-    shrunk = shrunk * _shrinkage(ops.sum(shrunk, axis=-1, keepdims=True), radius)
+    shrunk = shrunk * _shrinkage(ops.sum(shrunk, axis=1, keepdims=True), radius)
     return ops.where(outside, ops.sign(displacement) * shrunk, displacement)
 
 
@@ -134,22 +134,22 @@ def sample_unit_ball(
     if norm is NormType.L2:
         normal = random.normal((batch, values + 2), dtype=dtype, seed=seed)
         inside, extra = _only(normal[:, :values], free), normal[:, values:]
-        square = ops.sum(ops.square(inside), axis=-1, keepdims=True) + ops.sum(
-            ops.square(extra), axis=-1, keepdims=True
+        square = ops.sum(ops.square(inside), axis=1, keepdims=True) + ops.sum(
+            ops.square(extra), axis=1, keepdims=True
         )
         return inside / ops.sqrt(ops.maximum(square, _tiny(square)))
     uniform = random.uniform((batch, values + 1), -1.0, 1.0, dtype=dtype, seed=seed)
     exponential = -ops.log(ops.maximum(ops.abs(uniform), _tiny(uniform)))
     inside, extra = _only(exponential[:, :values], free), exponential[:, values:]
-    total = ops.sum(inside, axis=-1, keepdims=True) + extra
+    total = ops.sum(inside, axis=1, keepdims=True) + extra
     return ops.sign(uniform[:, :values]) * inside / ops.maximum(total, _tiny(total))
 
 
 def l2_norm(rows: Tensor) -> Tensor:
     """Returns the Euclidean norm of each row as `[batch, 1]`, safe at any scale."""
-    largest = ops.max(ops.abs(rows), axis=-1, keepdims=True)
+    largest = ops.max(ops.abs(rows), axis=1, keepdims=True)
     scale = ops.maximum(largest, _tiny(rows))
-    return scale * ops.sqrt(ops.sum(ops.square(rows / scale), axis=-1, keepdims=True))
+    return scale * ops.sqrt(ops.sum(ops.square(rows / scale), axis=1, keepdims=True))
 
 
 def _shrinkage(length: Tensor, radius: Tensor) -> Tensor:

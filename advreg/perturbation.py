@@ -472,10 +472,10 @@ def _repeat(function: Callable[[Tensor], Tensor], times: int, value: Tensor) -> 
     body = tf.function(
         function, autograph=False, experimental_attributes={"_noinline": True}
     )
-    _, value = tf.while_loop(
-        lambda count, _: count < times,
-        lambda count, value: (count + 1, body(value)),
-        (tf.constant(0), value),
+    (value,) = tf.while_loop(
+        lambda _: True,
+        lambda value: (body(value),),
+        (value,),
         maximum_iterations=times,
     )
     return value

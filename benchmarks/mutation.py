@@ -41,9 +41,12 @@ TESTS = {
     "config": ["config", "perturbation"],
     "geometry": ["geometry"],
     "packing": ["packing", "perturbation"],
-    "perturbation": ["perturbation", "packing"],
+    "movable": ["movable"],
+    "perturbation": ["perturbation", "packing", "movable"],
     "batches": ["batches"],
-    "model": ["model", "batches", "distribution"],
+    "images": ["images"],
+    "saving": ["saving"],
+    "model": ["model", "batches", "images", "saving", "parity"],
 }
 # Bit operations break arithmetic, an order of identities means nothing, `+1` is `1`,
 # and the last two kinds need to be told which variables they are to replace.
