@@ -61,5 +61,6 @@ def _twin_layer(layer: keras.Layer) -> keras.Layer:
 
 
 def _as_float(tensor: keras.KerasTensor) -> keras.KerasTensor:
-    dtype = "float32" if _is_image(tensor) else tensor.dtype
-    return keras.Input(batch_shape=tensor.shape, dtype=dtype, name=tensor.name)
+    if not _is_image(tensor):
+        return tensor
+    return keras.Input(batch_shape=tensor.shape, dtype="float32", name=tensor.name)

@@ -38,8 +38,11 @@ from advreg.perturbation import (
     to_tensor,
 )
 from advreg.saving import save_whole
+from advreg.state import assign, metric_variables, recurrent_states, values_of
 
 _RANDOM_STATE = "random_state_"
+# What the wrapper does itself, whatever the base model would do.
+_STEPS = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics")
 
 
 @keras.saving.register_keras_serializable(package="advreg")
@@ -61,6 +64,10 @@ class AdversarialRegularization(keras.Model):
     Labels come as `y`, as for any Keras model. Where there is no `y`, and `x` is a
     dictionary that holds the `label_keys`, they come from there. A key is a feature,
     never a label, if the base model declares an input of that name or if `y` is given.
+
+    Images of type uint8 reach the base model as float32 in training, in the units of
+    the input: it must not treat the two types differently, as a `Rescaling` layer does
+    not, and `tf.image.convert_image_dtype` does.
 
     Saving keeps the wrapper, its configuration and the state of its optimizer;
     `keras.models.load_model` needs `import advreg` first. `base_model` is saved, loaded
@@ -127,6 +134,14 @@ class AdversarialRegularization(keras.Model):
         self._twin = SimpleNamespace(model=None, layers=None)
         self.built = base_model.built
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "base_model" and hasattr(self, name):
+            raise AttributeError(
+                "`base_model` cannot be exchanged: wrap the other model in an "
+                f"`AdversarialRegularization` of its own. Received: {value!r}"
+            )
+        super().__setattr__(name, value)
+
     @property
     def adv_config(self) -> AdvRegConfig:
         """The configuration. Another one takes effect with the next step."""
@@ -152,6 +167,11 @@ class AdversarialRegularization(keras.Model):
     def base_with_labels_in_features(self) -> bool:
         """Whether the base model receives labels in a dictionary as inputs too."""
         return self._form.base_with_labels_in_features
+
+    @property
+    def metrics(self) -> list[keras.metrics.Metric]:
+        """All metrics, those that the base model itself keeps among them."""
+        return [*super().metrics, *self.base_model._metrics]
 
     @property
     def output_names(self) -> list[str]:
@@ -185,6 +205,9 @@ class AdversarialRegularization(keras.Model):
         features = self._form.features(input_shape)
         return self.base_model.compute_output_shape(self._form.base_inputs(features))
 
+    def compute_mask(self, inputs: Any, previous_mask: Any = None) -> None:
+        """Adds no mask: the outputs carry those that the base model gave them."""
+
     def call(self, inputs: Features, training: bool | None = None) -> Any:
         """Calls the base model; labels in a dictionary of inputs are left out."""
         return self._forward(self._form.features(inputs), training)
@@ -210,11 +233,16 @@ class AdversarialRegularization(keras.Model):
             regularize and can for can in differentiable(x, self._form.fixed_keys)
         ]
 
+        carried = recurrent_states(self.base_model)
+        before = values_of(carried)
         y_pred, labeled_loss, loss, gradients, input_grads = self._clean_pass(
             x, y, sample_weight, wanted
         )
         adversarial_loss = ops.zeros_like(labeled_loss)
         if regularize:
+            clean = [*carried, *metric_variables(self.base_model)]
+            after = values_of(clean)
+            assign(carried, before)
             x_adv = perturb(
                 x,
                 input_grads,
@@ -226,6 +254,7 @@ class AdversarialRegularization(keras.Model):
                 movable(x, sample_weight, self.base_model),
             )
             adversarial_loss, more = self._adversarial_pass(x_adv, y, sample_weight)
+            assign(clean, after)
             gradients = [_add(*pair) for pair in zip(gradients, more, strict=True)]
             loss = loss + adversarial_loss
 
@@ -337,18 +366,11 @@ class AdversarialRegularization(keras.Model):
             )
         self._assert_compile_called("perturb_on_batch")
         batch = self._unpack_labelled((x, y, sample_weight))
+        for name, part in zip(("x", "y", "sample_weight"), batch, strict=True):
+            _check_arrays(name, part)
         features, labels, weights = (
             tree.map_structure(to_tensor, part) for part in batch
         )
-        for name, part in (("x", features), ("y", labels), ("sample_weight", weights)):
-            if any(
-                not leaf.shape.rank for leaf in tree.flatten(part) if leaf is not None
-            ):
-                raise ValueError(
-                    f"`{name}` must be an array with a batch axis, or a structure of "
-                    "arrays; a list of numbers is a structure, so make it a NumPy "
-                    f"array. Received: {describe(part)}"
-                )
         self._build_by_running(features, labels)
         iteration = self.optimizer.iterations if self.optimizer is not None else None
         settings = _as_tensors(Settings.of(config, iteration))
@@ -396,6 +418,11 @@ class AdversarialRegularization(keras.Model):
                 path, overwrite, zipped, **kwargs
             )
 
+        if str(filepath).endswith((".h5", ".hdf5")):
+            raise ValueError(
+                "`filepath` must end in '.keras': Keras cannot load a wrapped model "
+                f"from the older format. Received: {filepath}"
+            )
         if zipped is None or zipped:
             save_whole(save, filepath, overwrite, suffix=".keras")
         else:
@@ -425,8 +452,8 @@ class AdversarialRegularization(keras.Model):
         else:
             save_whole(save, filepath, overwrite, suffix=".weights.h5")
 
-    def export(self, *args: Any, **kwargs: Any) -> Any:
-        """Exports the base model; takes the arguments of `keras.Model.export`."""
+    @functools.wraps(keras.Model.export)
+    def export(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
         return self.base_model.export(*args, **kwargs)
 
     def get_config(self) -> dict[str, Any]:
@@ -478,20 +505,26 @@ class AdversarialRegularization(keras.Model):
         """Saves the random state, of dropout as well, which Keras leaves out."""
         super().save_own_variables(store)
         for index, state in enumerate(self._random_state()):
-            store[f"{_RANDOM_STATE}{index}"] = state.numpy()
+            store[f"{_RANDOM_STATE}{index:06}"] = state.numpy()
 
     def load_own_variables(self, store: Any) -> None:
         """Loads the random state too, so that training goes on where it was."""
-        saved = {key: store[key] for key in store.keys()}  # noqa: SIM118
+        saved = {key: store[key] for key in sorted(store.keys())}
         states = self._random_state()
-        found = sum(key.startswith(_RANDOM_STATE) for key in saved)
-        if found != len(states):
+        found = [saved.pop(key) for key in list(saved) if key.startswith(_RANDOM_STATE)]
+        if not found:
             raise ValueError(
-                f"`{self.name}` draws random numbers in {len(states)} places, the file "
-                f"holds the states of {found}. Load it into the model that saved it."
+                "The file holds no weights of an `AdversarialRegularization`. If its "
+                "base model saved it, call `model.base_model.load_weights(...)`."
             )
-        for index, state in enumerate(states):
-            state.assign(saved.pop(f"{_RANDOM_STATE}{index}"))
+        if len(found) == len(states):
+            assign(states, found)
+        else:
+            warnings.warn(
+                f"The model draws random numbers in {len(states)} places, the one that "
+                f"was saved did in {len(found)}: random states are not restored.",
+                stacklevel=2,
+            )
         super().load_own_variables(saved)
 
     # What follows is the model's own.
@@ -586,7 +619,11 @@ class AdversarialRegularization(keras.Model):
 
         There alone Keras looks for them.
         """
-        arguments = inspect.signature(method).bind(self, *args, **kwargs).arguments
+        try:
+            arguments = inspect.signature(method).bind(self, *args, **kwargs).arguments
+        except TypeError:
+            method(self, *args, **kwargs)  # Keras says what is wrong with them.
+            raise
         del arguments["self"]
         if arguments.get("class_weight") is None or arguments.get("y") is not None:
             return arguments
@@ -629,7 +666,11 @@ class AdversarialRegularization(keras.Model):
         """Adds the base model's own losses, in the way of `Model.compute_loss`."""
         if not losses:
             return labeled_loss
-        added = [self._aggregate_additional_loss(loss) for loss in losses]
+        # In half precision the labelled loss may be wider, which Keras trips over.
+        added = [
+            ops.cast(self._aggregate_additional_loss(loss), labeled_loss.dtype)
+            for loss in losses
+        ]
         return ops.sum([labeled_loss, *added])
 
     def _scale(self, loss: Tensor) -> Tensor:
@@ -742,6 +783,19 @@ def _check_keywords(kwargs: dict[str, Any]) -> None:
         )
 
 
+def _check_arrays(name: str, part: Any) -> None:
+    """Checks that a part of a batch is made of arrays, and not of numbers."""
+    if any(
+        leaf is not None and getattr(leaf, "shape", ()) == ()
+        for leaf in tree.flatten(part)
+    ):
+        raise ValueError(
+            f"`{name}` must be an array with a batch axis, or a structure of arrays; a "
+            "list of numbers is a structure, so make it a NumPy array. Received: "
+            f"{describe(part)}"
+        )
+
+
 def _check_base(base_model: Any) -> None:
     """Checks that a base is a Keras 3 model whose training step is Keras's."""
     if isinstance(base_model, AdversarialRegularization):
@@ -763,12 +817,12 @@ def _check_base(base_model: Any) -> None:
             f"{hint} Received: {base_model!r} (of type {type(base_model).__module__}."
             f"{type(base_model).__name__})"
         )
-    for name in ("train_step", "test_step", "predict_step", "compute_loss"):
+    for name in _STEPS:
         if getattr(type(base_model), name) is not getattr(keras.Model, name):
             warnings.warn(
                 f"{type(base_model).__name__} overrides `{name}`, which the wrapper "
-                "does not call: it trains and evaluates on the compiled loss and on "
-                "what the model adds by `add_loss`.",
+                "does not call: it trains and evaluates on the compiled loss and "
+                "metrics, and on what the model adds by `add_loss`.",
                 stacklevel=4,
             )
 

@@ -27,8 +27,8 @@ def movable(
         features: A nested structure of tensors.
         sample_weight: `None`, weights of the examples, or a structure of them, one for
             each output. An example moves if it counts in any output.
-        base_model: The model whose `Masking` layers on declared inputs say what is
-            padding. A `Masking` layer in a subclassed model is not seen.
+        base_model: The model whose `Masking` layers say what is padding. Those are
+            seen that an input goes straight into, in sequential and functional models.
 
     Returns:
         For each leaf a boolean tensor that broadcasts to it, or `None` where all of it
@@ -68,16 +68,31 @@ def _counts(sample_weight: Any) -> Tensor | None:
 def _masking_layer(
     model: keras.Model | None, features: Features, path: Sequence[Any], rank: int
 ) -> keras.layers.Masking | None:
-    """Finds the `Masking` layer that a leaf of the features goes straight into."""
+    """Finds the `Masking` layer that a leaf of the features goes straight into.
+
+    On its way it may enter nested models.
+    """
     if isinstance(model, keras.Sequential):
-        first = model.layers[0] if model.layers else None
-        return first if isinstance(first, keras.layers.Masking) and rank > 2 else None
-    for tensor in _declared(model, features, path):
-        for layer in getattr(model, "layers", ()):
-            if isinstance(layer, keras.layers.Masking) and any(
-                node.input_tensors[0] is tensor for node in layer._inbound_nodes
-            ):
-                return layer if rank == len(tensor.shape) else None
+        first = model.layers[:1]
+    else:
+        tensors = _declared(model, features, path)
+        first = [
+            layer
+            for layer in getattr(model, "layers", ())
+            if any(
+                given is tensor and rank == len(tensor.shape)
+                for node in layer._inbound_nodes
+                for given in node.input_tensors[:1]
+                for tensor in tensors
+            )
+        ]
+    for layer in first:
+        if isinstance(layer, keras.layers.Masking) and rank > 2:
+            return layer
+        if isinstance(layer, keras.Model):
+            inner = _masking_layer(layer, None, (), rank)
+            if inner is not None:
+                return inner
     return None
 
 

@@ -39,10 +39,12 @@ class Packing:
         self.tensors = list(itertools.compress(self.leaves, self.moving))
         if not self.tensors:
             raise ValueError(
-                "Nothing can be perturbed: only dense float features that the loss "
-                "depends on can, and of the features received none is both. Cast "
-                "quantities that arrive as integers to float32, and check that the "
-                f"gradient reaches the input. Received: {describe(features)}"
+                "Nothing can be perturbed: only dense float features, and images of "
+                "type uint8, that the loss depends on can, and of the features "
+                "received none is both. Cast quantities that arrive as integers to "
+                "float32, and check that the gradient reaches the input: a layer or "
+                "a nested model that casts to integers stops it. Received: "
+                f"{describe(features)}"
             )
         for tensor in self.tensors:
             if not tensor.shape.rank:
@@ -164,7 +166,8 @@ def describe(features: Features) -> str:
             features,
         )
     )
-    return described.replace('"', "")  # No quotes around what is no string.
+    described = described.replace('"', "")  # No quotes around what is no string.
+    return described if len(described) <= 1000 else f"{described[:1000]}..."
 
 
 def _check_structure(name: str, constraint: Constraint, features: Features) -> None:

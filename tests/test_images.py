@@ -130,6 +130,22 @@ def test_images_beside_other_features():
     np.testing.assert_array_equal(got[2], x[2])
 
 
+class Optional(layers.Layer):
+    def call(self, a, b=None):
+        return a if b is None else a + b
+
+    def compute_output_shape(self, a_shape, b_shape=None):
+        return a_shape
+
+
+def test_images_beside_an_input_that_is_not_there():
+    image = keras.Input((4, 4, 1), dtype="uint8")
+    other = keras.Input((3,), optional=True)
+    logits = layers.Dense(3)(layers.Flatten()(layers.Rescaling(1 / 255)(image)))
+    model = regularized(keras.Model([image, other], Optional()(logits, other)), CONFIG)
+    assert np.isfinite(model.train_on_batch([IMAGES, None], LABELS)).all()
+
+
 def test_a_multiplier_of_zero_leaves_bytes_to_the_base():
     seen = []
 

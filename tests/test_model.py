@@ -1,3 +1,4 @@
+import inspect
 import random
 import subprocess
 import sys
@@ -590,6 +591,9 @@ def test_ragged_and_sparse_features_stay_as_they_are():
     perturbed = model.perturb_on_batch(x, Y)
     np.testing.assert_allclose(norms(perturbed["x"] - X, "l2"), 0.5, rtol=1e-5)
     assert perturbed["ragged"].to_list() == x["ragged"].to_list()
+    np.testing.assert_array_equal(
+        tf.sparse.to_dense(perturbed["sparse"]), tf.sparse.to_dense(x["sparse"])
+    )
 
 
 def test_perturbations_know_no_batch_size_and_no_scale():
@@ -663,6 +667,26 @@ def test_inputs_that_are_not_finite_are_neither_spread_nor_hidden(value):
     # No rectifier here, which would hide what is not a number itself.
     linear = regularized(keras.Sequential([keras.Input((6,)), layers.Dense(3)]), config)
     assert not np.isfinite(linear.train_on_batch(x, Y)).any()
+
+
+# --- As a part of another model
+
+
+@pytest.mark.filterwarnings("ignore:Layer 'sequential:UserWarning")  # Of the base.
+@pytest.mark.parametrize("return_sequences", [False, True])
+def test_it_is_a_layer_as_its_base_is(return_sequences):
+    gru = layers.GRU(3, return_sequences=return_sequences)
+    base = keras.Sequential([keras.Input((5, 2)), gru])
+    x = rows(12, 5, 2)
+    x[:, 3:] = 0.0
+    y = rows(*((12, 5, 3) if return_sequences else (12, 3)), seed=1)
+    results = []
+    for layer in (base, AdversarialRegularization(base)):
+        inputs = keras.Input((5, 2))
+        model = keras.Model(inputs, layer(layers.Masking()(inputs)))
+        model.compile("sgd", "mse")
+        results.append(model.evaluate(x, y, verbose=0))
+    assert results[0] == results[1]
 
 
 # --- Looking
@@ -763,11 +787,32 @@ def test_weights_alone_carry_the_random_state(tmp_path):
         np.testing.assert_array_equal(got, expected)
 
 
-def test_weights_of_a_model_with_other_layers_are_refused(tmp_path):
+def test_weights_load_where_dropout_has_been_turned_off(tmp_path):
     path = tmp_path / "model.weights.h5"
-    AdversarialRegularization(classifier()).save_weights(path)
-    with pytest.raises(ValueError, match=r"random numbers in 3 places.*states of 2"):
-        AdversarialRegularization(busy_base()).load_weights(path)
+    model, other = (
+        AdversarialRegularization(
+            keras.Sequential([keras.Input((6,)), layers.Dense(3), layers.Dropout(rate)])
+        )
+        for rate in (0.5, 0.0)
+    )
+    model.save_weights(path)
+    with pytest.warns(UserWarning, match=r"in 2 places.*did in 3.*not restored"):
+        other.load_weights(path)
+    for a, b in zip(model.get_weights(), other.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_weights_of_the_base_are_for_the_base(tmp_path):
+    path = tmp_path / "base.weights.h5"
+    classifier().save_weights(path)
+    with pytest.raises(ValueError, match=r"model\.base_model\.load_weights"):
+        AdversarialRegularization(classifier()).load_weights(path)
+
+
+def test_the_older_format_is_refused_before_it_is_written(tmp_path):
+    with pytest.raises(ValueError, match=r"must end in '\.keras'.*model\.h5"):
+        AdversarialRegularization(classifier()).save(tmp_path / "model.h5")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_base_saves_without_advreg(tmp_path):
@@ -927,8 +972,32 @@ def test_a_base_with_a_step_of_its_own_is_warned_about():
         def train_step(self, data):
             raise NotImplementedError
 
-    with pytest.warns(UserWarning, match="Own overrides `train_step`"):
+        def compute_metrics(self, x, y, y_pred, sample_weight=None):
+            raise NotImplementedError
+
+    with pytest.warns(UserWarning, match="which the wrapper does not call") as caught:
         AdversarialRegularization(Own([layers.Dense(3)]))
+    assert [str(warning.message).split(",")[0] for warning in caught] == [
+        "Own overrides `train_step`",
+        "Own overrides `compute_metrics`",
+    ]
+
+
+def test_the_base_cannot_be_exchanged():
+    model = AdversarialRegularization(classifier())
+    with pytest.raises(AttributeError, match="`base_model` cannot be exchanged"):
+        model.base_model = classifier()
+
+
+def test_unknown_arguments_are_refused_as_keras_refuses_them():
+    messages = []
+    for model in (classifier(), regularized(classifier())):
+        with pytest.raises(TypeError, match=r"unexpected keyword.*'foo'") as caught:
+            model.fit(X, Y, foo=1)
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+    assert "class_weight" in inspect.signature(model.fit).parameters
+    assert "format" in inspect.signature(model.export).parameters
 
 
 @pytest.mark.parametrize(
@@ -1028,6 +1097,9 @@ def test_lists_of_numbers_are_no_arrays():
     ):
         with pytest.raises(ValueError, match=rf"`{name}` must be an array.*list of"):
             model.perturb_on_batch(*data)
+    with pytest.raises(ValueError, match="must be an array") as caught:
+        model.perturb_on_batch(X.tolist() * 100, Y)
+    assert len(str(caught.value)) < 2000
 
 
 def test_unknown_and_wrong_overrides():

@@ -130,7 +130,17 @@ def one_input():
     return functional(steps, steps)
 
 
+def nested_in_functional():
+    steps = keras.Input((5, 2))
+    return keras.Model(steps, layers.Dense(3)(sequence_model()(steps)))
+
+
 PADDED = {
+    "nested": (lambda: keras.Sequential([keras.Input((5, 2)), one_input()]), SEQUENCES),
+    "nested twice": (
+        lambda: keras.Sequential([keras.Input((5, 2)), nested_in_functional()]),
+        SEQUENCES,
+    ),
     "sequential": (sequence_model, SEQUENCES),
     "built by its data": (
         lambda: keras.Sequential(sequence_model().layers),

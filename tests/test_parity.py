@@ -175,6 +175,28 @@ class AddsLosses(keras.Model):
         return outputs
 
 
+class KeepsMetrics(keras.Model):
+    """Has a metric of its own, and one in a layer."""
+
+    class Activity(layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.mean = metrics.Mean(name="activity")
+
+        def call(self, inputs):
+            self.mean.update_state(ops.mean(ops.abs(inputs)))
+            return inputs
+
+    def __init__(self):
+        super().__init__()
+        self.network = sequential(layers.Dense(5), self.Activity(), layers.Dense(3))
+        self.seen = metrics.Sum(name="seen")
+
+    def call(self, inputs, training=False):
+        self.seen.update_state(ops.mean(ops.square(inputs)))
+        return self.network(inputs)
+
+
 def regularizers():
     return sequential(
         layers.Dense(5, "tanh", kernel_regularizer="l1", activity_regularizer="l2"),
@@ -281,6 +303,7 @@ CASES = {
     "tuple": Case(nested_and_shared, x=(rows(BATCH, 4), rows(BATCH, 4, seed=1))),
     "add_loss": Case(AddsLosses),
     "regularizers": Case(regularizers),
+    "metrics of layers": Case(KeepsMetrics),
     "batch normalization": Case(
         lambda: sequential(
             layers.Dense(5), layers.BatchNormalization(momentum=0.5), layers.Dense(3)
@@ -478,13 +501,19 @@ def test_two_models_may_share_a_base():
     before = base.get_weights()
     second.train_on_batch(X, Y[:, :2])
     assert (base.get_weights()[0] != before[0]).any()
-    np.testing.assert_array_equal(first.predict_on_batch(X), base.predict_on_batch(X))
-    assert np.isfinite(first.train_on_batch(X, Y)).all()
+    # The first goes on from there as a model of its own would.
+    alone = dense()
+    alone.set_weights(base.get_weights())
+    alone = wrap(alone)
+    alone.compile("sgd", "mse")
+    for model in (first, alone):
+        model.train_on_batch(X, Y)
+    for a, b in zip(first.get_weights(), alone.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
-def test_augmentation_inside_the_model():
-    images = np.random.default_rng(0).uniform(size=(BATCH, 8, 8, 1)).astype("float32")
-    base = sequential(
+def augmented():
+    return sequential(
         layers.RandomFlip(seed=0),
         layers.RandomTranslation(0.2, 0.2, seed=1),
         layers.Resizing(4, 4),
@@ -492,14 +521,49 @@ def test_augmentation_inside_the_model():
         layers.Dense(3),
         shape=(8, 8, 1),
     )
+
+
+@pytest.mark.parametrize("run_eagerly", [False, True])
+def test_augmentation_inside_the_model(run_eagerly):
+    images = np.random.default_rng(0).uniform(size=(BATCH, 8, 8, 1)).astype("float32")
+    case = Case(augmented, x=images, y=CLASSES, compile={"loss": classes})
+    mode = {"run_eagerly": run_eagerly, "jit_compile": False}
+    model, reference = (case.model(side, mode) for side in (wrap, lambda base: base))
+    for _ in range(2):
+        model.train_on_batch(images, CLASSES)
+        nested_tapes(reference, images, CLASSES, None)
+    for got, wanted in zip(model.get_weights(), reference.get_weights(), strict=True):
+        np.testing.assert_allclose(got, wanted, case.rtol, case.atol)
+
+
+def test_augmentation_that_xla_does_not_compile():
+    images = np.random.default_rng(0).uniform(size=(BATCH, 8, 8, 1)).astype("float32")
+    base = augmented()
     model = wrap(base)
     for side in (base, model):
         with pytest.warns(UserWarning, match="doesn't support `jit_compile=True`"):
             side.compile("sgd", classes(), jit_compile=True)
         assert np.isfinite(side.train_on_batch(images, CLASSES)).all()
-    moved = model.perturb_on_batch(images, CLASSES) - images
-    size = np.linalg.norm(moved.reshape(BATCH, -1), axis=1)
-    np.testing.assert_allclose(size, STEP_SIZE, rtol=1e-4)
+
+
+def stateful():
+    gru = layers.GRU(3, stateful=True)
+    return keras.Sequential([keras.Input(batch_shape=(BATCH, 5, 4)), gru])
+
+
+def test_recurrent_states_are_those_of_the_clean_pass(mode):
+    case = Case(
+        stateful, x=SEQUENCE, compile={"optimizer": lambda: optimizers.SGD(0.0)}
+    )
+    model, plain = (case.model(side, mode) for side in (wrap, lambda base: base))
+    for _ in range(3):
+        logs = model.train_on_batch(SEQUENCE, case.y, return_dict=True)
+        expected = plain.train_on_batch(SEQUENCE, case.y, return_dict=True)
+        np.testing.assert_allclose(logs["labeled_loss"], expected["loss"], rtol=1e-5)
+        states = [m.layers[0].states[0] for m in (model.base_model, plain)]
+        np.testing.assert_allclose(*states, rtol=1e-5, atol=1e-6)
+        # The adversarial pass starts where the clean one did.
+        assert logs["scaled_adversarial_loss"] > MULTIPLIER * logs["labeled_loss"]
 
 
 @pytest.mark.slow

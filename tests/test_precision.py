@@ -79,6 +79,18 @@ def test_attacks_take_the_gradient_of_the_scaled_loss(iterations, mode):
     np.testing.assert_allclose(moved[1], moved[0], atol=0.02)
 
 
+def test_regularizers_in_half_precision(mode):
+    """Keras itself stumbles over losses of two types."""
+    stack = [
+        layers.Dense(5, activity_regularizer="l2", dtype="mixed_float16"),
+        layers.Dense(3),
+    ]
+    model = regularized(keras.Sequential([keras.Input((6,)), *stack]), **mode)
+    logs = model.train_on_batch(X, Y, return_dict=True)
+    assert logs["loss"] > logs["labeled_loss"] + logs["scaled_adversarial_loss"]
+    assert np.isfinite(model.evaluate(X, Y, verbose=0))
+
+
 def train_on_mnist(data, policy):
     keras.utils.set_random_seed(0)
     optimizer = keras.optimizers.Adam()

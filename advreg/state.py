@@ -1,0 +1,42 @@
+"""State of layers that an adversarial pass must leave as the clean pass left it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import keras
+import tensorflow as tf
+
+from advreg.geometry import Tensor
+
+
+def metric_variables(model: keras.Model) -> list[keras.Variable]:
+    """Returns the variables of the metrics that the model and its layers keep."""
+    return [
+        variable
+        for layer in model._flatten_layers()
+        for metric in layer._metrics
+        for variable in metric.variables
+    ]
+
+
+def recurrent_states(model: keras.Model) -> list[keras.Variable]:
+    """Returns what stateful RNNs carry from one batch to the next."""
+    return [
+        variable
+        for layer in model._flatten_layers()
+        if getattr(layer, "stateful", False)
+        for variable in keras.tree.flatten(getattr(layer, "states", None))
+        if isinstance(variable, keras.Variable)
+    ]
+
+
+def values_of(variables: Sequence[keras.Variable]) -> list[Tensor]:
+    """Returns copies of what variables hold now."""
+    return [tf.identity(variable.value) for variable in variables]
+
+
+def assign(variables: Sequence[keras.Variable], values: Sequence[Tensor]) -> None:
+    """Gives variables the values that they held."""
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
