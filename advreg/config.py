@@ -27,6 +27,9 @@ class NormType(str, enum.Enum):
 
     `NormType(value)` also understands `"linf"`, `"inf"`, `1`, `2` and `np.inf`.
 
+    Raises:
+        ValueError: It is none of these.
+
     Example:
     >>> NormType("linf")
     <NormType.INFINITY: 'infinity'>
@@ -189,6 +192,11 @@ class AdvRegConfig(_Config):
     Raises:
         TypeError: A field has the wrong type.
         ValueError: `multiplier` is negative or not finite.
+
+    Example:
+    >>> AdvRegConfig(
+    ...     multiplier=keras.optimizers.schedules.PolynomialDecay(0.0, 1000, 0.5),
+    ...     adv_neighbor_config=AdvNeighborConfig(adv_step_size=0.1))
     """
 
     multiplier: Number = 0.2

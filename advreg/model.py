@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 from keras import ops, tree
 
@@ -375,7 +376,7 @@ class AdversarialRegularization(keras.Model):
         iteration = self.optimizer.iterations if self.optimizer is not None else None
         settings = _as_tensors(Settings.of(config, iteration))
         perturbed = self._perturbing_function()(features, labels, weights, settings)
-        perturbed = tree.map_structure(_to_numpy, perturbed)
+        perturbed = tree.map_structure(_to_numpy, perturbed, batch[0])
         if not isinstance(x, Mapping):
             return perturbed
         kept = self._form.fixed_keys
@@ -876,8 +877,11 @@ def _neighbor_fields() -> list[str]:
     return [field.name for field in dataclasses.fields(AdvNeighborConfig)]
 
 
-def _to_numpy(leaf: Any) -> Any:
-    return leaf.numpy() if isinstance(leaf, tf.Tensor) else leaf
+def _to_numpy(leaf: Any, given: Any) -> Any:
+    """Makes an array of a tensor; what never was a number stays what it was."""
+    if not isinstance(leaf, tf.Tensor):
+        return leaf
+    return np.asarray(given) if leaf.dtype == tf.string else leaf.numpy()
 
 
 def _as_tensors(settings: Settings) -> Settings:

@@ -178,7 +178,7 @@ def test_a_twin_shares_layers_and_losses():
     model = keras.Model(inputs, layers.Dense(3, kernel_regularizer="l2")(hidden))
     model.layers[2].trainable = False
     twin = float_twin(model)
-    assert [v is w for v, w in zip(twin.variables, model.variables, strict=True)]
+    assert all(v is w for v, w in zip(twin.variables, model.variables, strict=True))
     assert len(twin.trainable_variables) == len(model.trainable_variables)
     np.testing.assert_array_equal(twin(IMAGES.astype("float32")), model(IMAGES))
     assert len(model.losses) == 2

@@ -554,12 +554,14 @@ def test_what_is_no_feature_comes_back_as_it_went_in():
         "label": Y,
         "w": np.ones(12),
     }
-    got = model.perturb_on_batch(batch)
-    assert list(got) == list(batch)
+    text = np.array(list("abcdefabcdef"))
+    got = model.perturb_on_batch({**batch, "text": text})
+    assert list(got) == [*batch, "text"]
     assert got["label"] is batch["label"]
     assert got["w"] is batch["w"]
     np.testing.assert_array_equal(got["id"], batch["id"])
     assert got["id"].dtype == batch["id"].dtype
+    np.testing.assert_array_equal(got["text"], text)
     assert got["x"].dtype == np.float64
     assert not np.allclose(got["x"], X)
     model.fit(batch, verbose=0)
@@ -698,7 +700,7 @@ def test_it_looks_like_a_keras_model():
     assert model.layers == [base]
     assert model.get_layer("base") is base
     assert model.count_params() == base.count_params()
-    assert [v is w for v, w in zip(model.weights, base.weights, strict=True)]
+    assert all(v is w for v, w in zip(model.weights, base.weights, strict=True))
     assert model.compute_output_shape((None, 6)) == (None, 3)
     assert model.compute_output_shape({"x": (5, 6), "label": (5,)}) == (5, 3)
     assert model.compute_output_spec(keras.KerasTensor((None, 6))).shape == (None, 3)
