@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import keras
+import tensorflow as tf
 from keras import tree
 
 from advreg.packing import Features, describe
@@ -106,6 +107,35 @@ class BatchForm:
             return {key: features[key] for key in declared}
         return features
 
+    def put_labels_beside(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Takes labels out of the dictionaries that `fit` received, and passes as `y`.
+
+        There alone Keras looks for the classes that `class_weight` weighs.
+
+        Args:
+            arguments: Those of `fit` or `train_on_batch`.
+
+        Raises:
+            ValueError: Labels are missing, or `x` is a `PyDataset` without them.
+        """
+        x = arguments.get("x")
+        if arguments.get("y") is not None:
+            return arguments
+        if isinstance(x, tf.data.Dataset):
+            return {**arguments, "x": x.map(self._labels_beside)}
+        if isinstance(x, Mapping):
+            names = ("x", "y", "sample_weight")
+            data = self._labels_beside(*(arguments.get(name) for name in names))
+            return {**arguments, **dict(zip(names, data, strict=False))}
+        if isinstance(x, keras.utils.PyDataset):
+            _, y, _ = keras.utils.unpack_x_y_sample_weight(x[0])
+            if y is None:  # Keras would leave `class_weight` out without a word.
+                raise ValueError(
+                    "`class_weight` needs the labels beside the features: let the "
+                    f"`PyDataset` return `(x, y)`. Received: {describe(x[0])}"
+                )
+        return arguments
+
     def raise_missing_labels(self, data: Any) -> NoReturn:
         """Says where labels are looked for, and what came."""
         x, *_ = keras.utils.unpack_x_y_sample_weight(data)
@@ -121,6 +151,12 @@ class BatchForm:
                 "with `base_with_labels_in_features=True`."
             )
         raise ValueError(f"{message} Received: x with the keys {list(x)} and y=None")
+
+    def _labels_beside(self, *data: Any) -> tuple:
+        x, y, sample_weight = self.unpack(data)
+        if y is None:
+            self.raise_missing_labels(data)
+        return (x, y) if sample_weight is None else (x, y, sample_weight)
 
     def _declared_names(self) -> set[str]:
         """The names of the inputs that the base model declares, if it does."""

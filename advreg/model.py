@@ -22,7 +22,6 @@ from advreg.config import (
     AdvRegConfig,
     Schedule,
     check_adv_config,
-    deserialize,
 )
 from advreg.distribution import ReplicaSeedGenerator, unscale_loss
 from advreg.geometry import Tensor
@@ -38,7 +37,12 @@ from advreg.perturbation import (
     select,
     to_tensor,
 )
-from advreg.saving import save_whole
+from advreg.saving import (
+    deserialize_adv_config,
+    deserialize_base,
+    deserialize_dtype,
+    save_whole,
+)
 from advreg.state import assign, metric_variables, recurrent_states, values_of
 
 _RANDOM_STATE = "random_state_"
@@ -496,9 +500,9 @@ class AdversarialRegularization(keras.Model):
         )
         with scope:
             arguments = {
-                "adv_config": _deserialize_adv_config(config["adv_config"]),
-                "dtype": _deserialize_dtype(config["dtype"]),
-                "base_model": _deserialize_base(config["base_model"]),
+                "adv_config": deserialize_adv_config(config["adv_config"]),
+                "dtype": deserialize_dtype(config["dtype"]),
+                "base_model": deserialize_base(config["base_model"]),
             }
         return cls(**{**config, **arguments})
 
@@ -616,40 +620,16 @@ class AdversarialRegularization(keras.Model):
     def _arguments(
         self, method: Callable[..., Any], args: Any, kwargs: Any
     ) -> dict[str, Any]:
-        """Binds the arguments of a method, labels in `y` if classes have weights.
-
-        There alone Keras looks for them.
-        """
+        """Binds the arguments of a method of `keras.Model` that takes class weights."""
         try:
             arguments = inspect.signature(method).bind(self, *args, **kwargs).arguments
         except TypeError:
             method(self, *args, **kwargs)  # Keras says what is wrong with them.
             raise
         del arguments["self"]
-        if arguments.get("class_weight") is None or arguments.get("y") is not None:
+        if arguments.get("class_weight") is None:
             return arguments
-        x = arguments.get("x")
-        if isinstance(x, tf.data.Dataset):
-            arguments["x"] = x.map(self._labels_beside)
-        elif isinstance(x, Mapping):
-            names = ("x", "y", "sample_weight")
-            data = tuple(arguments.get(name) for name in names)
-            arguments.update(zip(names, self._labels_beside(*data), strict=False))
-        elif isinstance(x, keras.utils.PyDataset):
-            _, y, _ = keras.utils.unpack_x_y_sample_weight(x[0])
-            if y is None:  # Keras would leave `class_weight` out without a word.
-                raise ValueError(
-                    "`class_weight` needs the labels beside the features: let the "
-                    f"`PyDataset` return `(x, y)`. Received: {describe(x[0])}"
-                )
-        return arguments
-
-    def _labels_beside(self, *data: Any) -> tuple:
-        """Takes labels and weights out of a dictionary."""
-        x, y, sample_weight = self._form.unpack(data)
-        if y is None:
-            self._form.raise_missing_labels(data)
-        return (x, y) if sample_weight is None else (x, y, sample_weight)
+        return self._form.put_labels_beside(arguments)
 
     def _unpack_labelled(self, data: Any) -> tuple[Features, Any, Any]:
         """Takes a batch apart that a loss is to be computed of."""
@@ -826,38 +806,6 @@ def _check_base(base_model: Any) -> None:
                 "metrics, and on what the model adds by `add_loss`.",
                 stacklevel=4,
             )
-
-
-def _deserialize_adv_config(value: Any) -> AdvRegConfig:
-    config = deserialize("adv_config", value)
-    if config is None:
-        raise TypeError(
-            "`adv_config` must be a serialised `AdvRegConfig`. Received: None"
-        )
-    return check_adv_config(config)
-
-
-def _deserialize_dtype(value: Any) -> keras.DTypePolicy:
-    try:
-        policy = keras.dtype_policies.get(value)
-        if value is not None and isinstance(policy, keras.DTypePolicy):
-            return policy
-    except Exception:
-        policy = None
-    raise TypeError(
-        "`dtype` must be a serialised `keras.DTypePolicy`, or the name of one. "
-        f"Received: {value!r}"
-    )
-
-
-def _deserialize_base(value: Any) -> Any:
-    try:
-        return keras.saving.deserialize_keras_object(value)
-    except Exception as error:  # Any: Keras trusts in what it once wrote.
-        raise ValueError(
-            "`base_model` must be a serialised Keras 3 model. "
-            f"{type(error).__name__}: {error}"
-        ) from error
 
 
 def _add(a: Any, b: Any) -> Any:

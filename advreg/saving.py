@@ -1,4 +1,4 @@
-"""Files that are replaced whole, or not at all."""
+"""Files that are replaced whole or not at all, and parts that are read with care."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from typing import Any
+
+import keras
+
+from advreg.config import AdvRegConfig, check_adv_config, deserialize
 
 
 def save_whole(
@@ -41,6 +45,41 @@ def save_whole(
         if os.path.exists(target):
             shutil.copymode(target, path)
         os.replace(path, target)
+
+
+def deserialize_adv_config(value: Any) -> AdvRegConfig:
+    """Reads the argument `adv_config` of a saved model."""
+    config = deserialize("adv_config", value)
+    if config is None:
+        raise TypeError(
+            "`adv_config` must be a serialised `AdvRegConfig`. Received: None"
+        )
+    return check_adv_config(config)
+
+
+def deserialize_dtype(value: Any) -> keras.DTypePolicy:
+    """Reads the argument `dtype` of a saved model."""
+    try:
+        policy = keras.dtype_policies.get(value)
+        if value is not None and isinstance(policy, keras.DTypePolicy):
+            return policy
+    except Exception:
+        policy = None
+    raise TypeError(
+        "`dtype` must be a serialised `keras.DTypePolicy`, or the name of one. "
+        f"Received: {value!r}"
+    )
+
+
+def deserialize_base(value: Any) -> Any:
+    """Reads the argument `base_model` of a saved model."""
+    try:
+        return keras.saving.deserialize_keras_object(value)
+    except Exception as error:  # Any: Keras trusts in what it once wrote.
+        raise ValueError(
+            "`base_model` must be a serialised Keras 3 model. "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def _local_file(filepath: Any, suffix: str) -> str | None:
