@@ -169,6 +169,30 @@ def test_padding_does_not_move(kind):
         assert (moved != leaf)[~still].all()
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_adversarial_loss_leaves_padding_in_place(weighted):
+    seen = []
+
+    class Spy(keras.Sequential):
+        def call(self, inputs, training=None, mask=None):
+            seen.append(np.array(inputs))
+            return super().call(inputs, training=training)
+
+    model = Spy(sequence_model().layers)
+    model(SEQUENCES)
+    adversarial_loss(
+        tf.constant(SEQUENCES),
+        tf.constant(Y),
+        model,
+        cross_entropy(),
+        sample_weights=tf.constant(WEIGHTS) if weighted else None,
+        adv_config=RESTLESS,
+    )
+    still = PADDING | (weighted * (WEIGHTS == 0))[:, None]
+    np.testing.assert_array_equal(seen[-1][still], SEQUENCES[still])
+    assert (seen[-1][~still] >= 5.0).all()
+
+
 def test_masks_of_later_layers_hold_nothing_in_place():
     inputs = keras.Input((5, 2))
     hidden = layers.Masking()(layers.Activation("relu")(inputs))

@@ -1,3 +1,5 @@
+import inspect
+
 import keras
 import ml_dtypes
 import numpy as np
@@ -13,7 +15,13 @@ from advreg import (
     gen_adv_neighbor,
     make_adv_reg_config,
 )
-from advreg.perturbation import Settings, input_gradients, perturb
+from advreg.perturbation import (
+    Settings,
+    differentiable,
+    input_gradients,
+    perturb,
+    to_tensor,
+)
 
 RNG = np.random.default_rng(0)
 LINEAR = LinearRegression([1.0, -2.0, 0.5, 0.0], 0.1)
@@ -253,6 +261,70 @@ def test_random_starts_with_unknown_batch_size():
     for batch in (1, 5):
         x = np.ones((batch, 3, 2), "float32")
         assert np.isfinite(run(x)).all()
+
+
+# --- What moves, and how
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_flags_hold_values_in_place(norm):
+    x = tf.constant(RNG.normal(size=(3, 2, 2)))
+    flags = tf.constant([True, False, True])[:, None, None]
+    config = AdvNeighborConfig(
+        adv_step_size=0.5, adv_grad_norm=norm, random_init=True, clip_value_min=3.0
+    )
+    x_adv = perturb(
+        x,
+        [x],
+        lambda x: [x],
+        Settings.of(config),
+        keras.random.SeedGenerator(0),
+        [flags],
+    )
+    np.testing.assert_array_equal(x_adv[1], x[1])
+    assert (x_adv.numpy()[::2] >= 3.0).all()
+
+
+def test_a_mask_of_one_feature_leaves_the_weight_of_the_others():
+    x = {"a": tf.zeros((1, 2)), "b": tf.zeros((1, 2))}
+    slopes = [tf.constant([[3.0, 0.0]]), tf.constant([[0.0, 2.0]])]
+    config = AdvNeighborConfig(adv_step_size=1.0, feature_mask={"a": 0.5})
+    got = perturb(x, slopes, lambda _: slopes, Settings.of(config))
+    np.testing.assert_allclose(got["a"], [[0.6, 0.0]], atol=1e-6)
+    np.testing.assert_allclose(got["b"], [[0.0, 0.8]], atol=1e-6)
+
+
+@pytest.mark.parametrize(("iterations", "loops"), [(1, 0), (2, 0), (3, 1), (40, 1)])
+def test_many_iterations_are_one_loop(iterations, loops):
+    config = AdvNeighborConfig(adv_step_size=0.5, pgd_iterations=iterations)
+    run = tf.function(
+        lambda x: perturb(x, [x], lambda x: [x], Settings.of(config))
+    ).get_concrete_function(tf.TensorSpec((2, 3)))
+    kinds = [operation.type for operation in run.graph.get_operations()]
+    assert sum(kind in ("While", "StatelessWhile") for kind in kinds) == loops
+
+
+def test_only_keys_of_the_outermost_dictionary_are_fixed():
+    x = {
+        "label": tf.zeros(2),
+        "x": {"label": tf.zeros(2), "ids": tf.zeros(2, tf.int32)},
+    }
+    found = differentiable(x, fixed=["label"])
+    paths = [path for path, _ in keras.tree.flatten_with_path(x)]
+    assert dict(zip(paths, found, strict=True)) == {
+        ("label",): False,
+        ("x", "label"): True,
+        ("x", "ids"): False,
+    }
+
+
+def test_what_becomes_a_tensor():
+    ragged = tf.ragged.constant([[1.0], []])
+    sparse = tf.sparse.from_dense([1.0])
+    for leaf in (None, ragged, sparse, tf.zeros(2)):
+        assert to_tensor(leaf) is leaf
+    for leaf in (np.ones(2), keras.Variable([1.0]), tf.Variable([1.0])):
+        assert isinstance(to_tensor(leaf), tf.Tensor)
 
 
 # --- gen_adv_neighbor and adversarial_loss
@@ -502,3 +574,22 @@ def test_raise_invalid_gradient_names_what_cannot_be_perturbed():
     np.testing.assert_allclose(result["c"], 1.0)
     with pytest.raises(ValueError, match=r"\['b', 'c'\]"):
         neighbor(True)
+    x = {"a": x["a"], "c": x["a"]}
+    result, _ = neighbor(True)  # Nothing is invalid here.
+    np.testing.assert_allclose(result["a"], 1 + 0.5 / np.sqrt(2), rtol=1e-6)
+
+
+def test_defaults_are_those_of_neural_structured_learning():
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(gen_adv_neighbor).parameters.items()
+        if parameter.default is not parameter.empty
+    }
+    assert defaults == {
+        "raise_invalid_gradient": False,
+        "gradient_tape": None,
+        "pgd_model_fn": None,
+        "pgd_loss_fn": None,
+        "pgd_labels": None,
+        "use_while_loop": False,
+    }
