@@ -784,6 +784,7 @@ def test_weights_alone_carry_the_random_state(tmp_path):
     model.fit(X, Y, verbose=0)
     model.save_weights(tmp_path / "model.weights.h5")
     other.load_weights(tmp_path / "model.weights.h5")
+    model.reset_metrics()  # Older versions of Keras average over calls.
     for call in ("train_on_batch", "perturb_on_batch"):
         got, expected = (getattr(side, call)(X, Y) for side in (other, model))
         np.testing.assert_array_equal(got, expected)
@@ -915,6 +916,10 @@ def test_exports_the_base(tmp_path):
     np.testing.assert_allclose(served.serve(X), model.predict(X, verbose=0), rtol=1e-5)
 
 
+@pytest.mark.skipif(
+    tuple(map(int, keras.__version__.split(".")[:2])) < (3, 10),
+    reason="this version of Keras exports no dictionaries of inputs",
+)
 def test_exports_keep_the_types_of_inputs(tmp_path):
     ids, x = keras.Input((2,), dtype="int32", name="ids"), keras.Input((4,), name="x")
     embedded = layers.Flatten()(layers.Embedding(5, 2)(ids))

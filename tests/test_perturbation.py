@@ -446,6 +446,25 @@ def test_inside_a_function_what_is_known_needs_no_tape(known):
     np.testing.assert_allclose(run(x, y), expected, rtol=1e-6)
 
 
+def test_adversarial_loss_leaves_what_cannot_move():
+    x = {"x": tf.ones((2, 3)), "ids": tf.constant([0, 1])}
+    seen = []
+
+    def model(x):
+        seen.append(x["ids"])
+        return tf.reduce_sum(x["x"], axis=1, keepdims=True)
+
+    loss = adversarial_loss(
+        x,
+        tf.zeros((2, 1)),
+        model,
+        loss_fn,
+        adv_config=make_adv_reg_config(adv_step_size=1.0, adv_grad_norm="linf"),
+    )
+    np.testing.assert_allclose(loss, 36.0)
+    assert all(ids is x["ids"] for ids in seen)
+
+
 def test_adversarial_loss_under_an_active_persistent_tape():
     x, y, _ = (tf.constant(a) for a in data())
     model = linear_model()
