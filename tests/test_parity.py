@@ -204,6 +204,17 @@ def regularizers():
     )
 
 
+class Beside(layers.Layer):
+    """Has a weight that nothing but its regulariser sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.beside = self.add_weight((3,), "ones", regularizer="l2")
+
+    def call(self, inputs):
+        return inputs
+
+
 def normalized():
     normalization = layers.Normalization(mean=0.5, variance=2.0)
     return sequential(normalization, layers.Dense(3))
@@ -303,6 +314,7 @@ CASES = {
     "tuple": Case(nested_and_shared, x=(rows(BATCH, 4), rows(BATCH, 4, seed=1))),
     "add_loss": Case(AddsLosses),
     "regularizers": Case(regularizers),
+    "weight outside the loss": Case(lambda: sequential(layers.Dense(3), Beside())),
     "metrics of layers": Case(KeepsMetrics),
     "batch normalization": Case(
         lambda: sequential(
