@@ -69,7 +69,7 @@ class Packing:
                 strict=True,
             )
         ]
-        return rows[0] if len(rows) == 1 else ops.concatenate(rows, axis=1)
+        return _side_by_side(rows)
 
     def unpack(self, matrix: Tensor) -> Features:
         """Puts the columns back in their leaves, beside those that do not move."""
@@ -130,7 +130,7 @@ class Packing:
                 values, self.shapes, self.widths, strict=True
             )
         ]
-        return rows[0] if len(rows) == 1 else ops.concatenate(rows, axis=1)
+        return _side_by_side(rows)
 
     def spread_flags(self, flags: Sequence[Tensor | None] | None) -> Tensor | None:
         """Lays booleans, one tensor for each leaf, out in the columns of the matrix.
@@ -151,7 +151,11 @@ class Packing:
             )
             for flag, shape, width in zip(chosen, self.shapes, self.widths, strict=True)
         ]
-        return rows[0] if len(rows) == 1 else ops.concatenate(rows, axis=1)
+        return _side_by_side(rows)
+
+
+def _side_by_side(rows: Sequence[Tensor]) -> Tensor:
+    return rows[0] if len(rows) == 1 else ops.concatenate(rows, axis=1)
 
 
 def describe(features: Features) -> str:
