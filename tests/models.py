@@ -35,6 +35,13 @@ def busy_base():
     )
 
 
+def two_outputs(names=False, width=6):
+    inputs = keras.Input((width,))
+    hidden = layers.Dense(5, "tanh")(inputs)
+    heads = [layers.Dense(3, name="a")(hidden), layers.Dense(2, name="b")(hidden)]
+    return keras.Model(inputs, dict(zip("ab", heads, strict=True)) if names else heads)
+
+
 def labelled(batch=12, width=6, classes=3):
     labels = np.random.default_rng(1).integers(0, classes, batch)
     return rows(batch, width), labels

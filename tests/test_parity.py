@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers, losses, metrics, ops, optimizers, tree
-from models import rows
+from models import rows, two_outputs
 from oracle import steepest
 
 from advreg import AdversarialRegularization, make_adv_reg_config
@@ -114,13 +114,6 @@ def dense():
 
 def classes():
     return losses.SparseCategoricalCrossentropy(from_logits=True)
-
-
-def two_outputs(as_dict=False):
-    inputs = keras.Input((4,))
-    hidden = layers.Dense(5, "tanh")(inputs)
-    a, b = layers.Dense(3, name="a")(hidden), layers.Dense(2, name="b")(hidden)
-    return keras.Model(inputs, {"a": a, "b": b} if as_dict else [a, b])
 
 
 def three_inputs():
@@ -276,7 +269,7 @@ CASES = {
     "weight column": Case(dense, sample_weight=WEIGHTS[:, None]),
     "no weight at all": Case(dense, sample_weight=np.zeros(BATCH, "float32")),
     "outputs": Case(
-        two_outputs,
+        lambda: two_outputs(width=4),
         y=[CLASSES, targets(2)],
         compile={
             "loss": lambda: [classes(), "mae"],
@@ -285,7 +278,7 @@ CASES = {
         },
     ),
     "weighted outputs": Case(
-        two_outputs,
+        lambda: two_outputs(width=4),
         y=[CLASSES, targets(2)],
         sample_weight=[WEIGHTS, WEIGHTS[::-1].copy()],
         compile={
@@ -294,7 +287,7 @@ CASES = {
         },
     ),
     "named outputs": Case(
-        lambda: two_outputs(as_dict=True),
+        lambda: two_outputs(names=True, width=4),
         y={"a": CLASSES, "b": targets(2)},
         compile={
             "loss": lambda: {"a": classes(), "b": "mse"},
