@@ -12,14 +12,24 @@ import functools
 import json
 import math
 import numbers
-from typing import Any, TypeAlias
+from typing import Any
 
 import keras
 import numpy as np
 
-Schedule = keras.optimizers.schedules.LearningRateSchedule
-Number: TypeAlias = Any  # float or Schedule; Keras ships no types to say so
-Constraint: TypeAlias = Any  # None, a number, an array, or a structure of these
+from advreg.checks import (
+    Constraint,
+    Number,
+    Schedule,
+    check_mask,
+    check_order,
+    constraint,
+    count,
+    flag,
+    is_number,
+    magnitude,
+    show,
+)
 
 
 class NormType(str, enum.Enum):
@@ -160,20 +170,20 @@ class AdvNeighborConfig(_Config):
 
     def __post_init__(self) -> None:
         checked = {
-            "feature_mask": _constraint("feature_mask", self.feature_mask),
-            "adv_step_size": _magnitude("adv_step_size", self.adv_step_size),
+            "feature_mask": constraint("feature_mask", self.feature_mask),
+            "adv_step_size": magnitude("adv_step_size", self.adv_step_size),
             "adv_grad_norm": NormType(self.adv_grad_norm),
-            "clip_value_min": _constraint("clip_value_min", self.clip_value_min),
-            "clip_value_max": _constraint("clip_value_max", self.clip_value_max),
-            "pgd_iterations": _iterations(self.pgd_iterations),
-            "random_init": _flag("random_init", self.random_init),
+            "clip_value_min": constraint("clip_value_min", self.clip_value_min),
+            "clip_value_max": constraint("clip_value_max", self.clip_value_max),
+            "pgd_iterations": count("pgd_iterations", self.pgd_iterations),
+            "random_init": flag("random_init", self.random_init),
         }
         if self.pgd_epsilon is not None:
-            checked["pgd_epsilon"] = _magnitude("pgd_epsilon", self.pgd_epsilon)
+            checked["pgd_epsilon"] = magnitude("pgd_epsilon", self.pgd_epsilon)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
-        _check_mask(self.feature_mask)
-        _check_order(self.clip_value_min, self.clip_value_max)
+        check_mask(self.feature_mask)
+        check_order(self.clip_value_min, self.clip_value_max)
 
 
 @keras.saving.register_keras_serializable(package="advreg")
@@ -205,13 +215,11 @@ class AdvRegConfig(_Config):
     )
 
     def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "multiplier", _magnitude("multiplier", self.multiplier)
-        )
+        object.__setattr__(self, "multiplier", magnitude("multiplier", self.multiplier))
         if not isinstance(self.adv_neighbor_config, AdvNeighborConfig):
             raise TypeError(
                 "`adv_neighbor_config` must be an `AdvNeighborConfig`. Received: "
-                f"{_show(self.adv_neighbor_config)}"
+                f"{show(self.adv_neighbor_config)}"
             )
 
 
@@ -229,7 +237,7 @@ def check_adv_config(value: Any) -> AdvRegConfig:
     if not isinstance(value, AdvRegConfig):
         raise TypeError(
             "`adv_config` must be an `AdvRegConfig`, as `make_adv_reg_config` returns. "
-            f"Received: {_show(value)}"
+            f"Received: {show(value)}"
         )
     return value
 
@@ -291,7 +299,7 @@ def _deserialize_array(name: str, config: Any) -> np.ndarray:
     try:
         value, dtype = config["value"], config["dtype"]
         if dtype in ("float16", "float32", "float64") and all(
-            _is_number(leaf) for leaf in keras.tree.flatten(value)
+            is_number(leaf) for leaf in keras.tree.flatten(value)
         ):
             return np.array(value, dtype)
     except (KeyError, TypeError, ValueError, OverflowError):
@@ -351,142 +359,3 @@ def make_adv_reg_config(
             random_init=random_init,
         ),
     )
-
-
-def _show(value: Any) -> str:
-    return f"{value!r} (of type {type(value).__name__})"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
-
-
-def _magnitude(name: str, value: Any) -> Number:
-    """Checks a step, radius or multiplier: non-negative and finite, or a schedule."""
-    if isinstance(value, Schedule):
-        return value
-    if isinstance(value, np.ndarray) and value.ndim == 0:
-        value = value[()]
-    if not _is_number(value):
-        raise TypeError(
-            f"`{name}` must be a number or a "
-            f"`keras.optimizers.schedules.LearningRateSchedule`. Received: "
-            f"{_show(value)}"
-        )
-    try:
-        number = float(value)
-    except OverflowError:  # An integer beyond all floats.
-        number = math.inf
-    if not 0 <= number < math.inf:
-        raise ValueError(
-            f"`{name}` must be finite and not negative. Received: {_show(value)}"
-        )
-    return number
-
-
-def _iterations(value: Any) -> int:
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise TypeError(
-            f"`pgd_iterations` must be an integer. Received: {_show(value)}"
-        )
-    if not 1 <= int(value) < 2**31:
-        raise ValueError(
-            f"`pgd_iterations` must be at least 1 and fit 32 bits. Received: {value!r}"
-        )
-    return int(value)
-
-
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"`{name}` must be a bool. Received: {_show(value)}")
-    return bool(value)
-
-
-def _constraint(name: str, value: Any) -> Constraint:
-    """Turns the leaves of a mask or range into floats and read-only float arrays."""
-    if value is None:
-        return None
-    if isinstance(value, dict):
-        return {key: _constraint(f"{name}[{key!r}]", v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        leaves = [_constraint(f"{name}[{i}]", v) for i, v in enumerate(value)]
-        return leaves if isinstance(value, list) else tuple(leaves)
-    if isinstance(value, str) or not (
-        isinstance(value, numbers.Real) or hasattr(value, "__array__")
-    ):
-        raise TypeError(
-            f"`{name}` must be a number, an array, or a dict, list or tuple of these. "
-            f"Received: {_show(value)}"
-        )
-    try:
-        array = np.array(value)
-        if not np.issubdtype(array.dtype, np.floating):
-            array = array.astype("float64", casting="safe")
-    # Symbolic tensors have no values, and say so by a NotImplementedError.
-    except (TypeError, ValueError, NotImplementedError):
-        raise TypeError(
-            f"`{name}` must hold numbers whose values are known. Received: "
-            f"{_show(value)}"
-        ) from None
-    if np.isnan(array).any():
-        raise ValueError(f"`{name}` must not hold NaN. Received: {_show(value)}")
-    if array.ndim == 0:
-        return float(array)
-    array.flags.writeable = False
-    return array
-
-
-def _check_mask(mask: Constraint) -> None:
-    for leaf in keras.tree.flatten(mask):
-        if leaf is not None and not (np.all(leaf >= 0.0) and np.all(leaf <= 1.0)):
-            raise ValueError(
-                "`feature_mask` must lie in [0, 1]. Received values from "
-                f"{np.min(leaf)} to {np.max(leaf)}"
-            )
-
-
-def _check_order(low: Constraint, high: Constraint, path: str = "") -> None:
-    """Checks that no minimum is above its maximum."""
-    if low is None or high is None:
-        return
-    low_keys, high_keys = _keys(low), _keys(high)
-    if low_keys is not None and high_keys is not None:
-        if type(low) is not type(high) or (
-            not isinstance(low, dict) and low_keys != high_keys
-        ):
-            raise ValueError(
-                f"`clip_value_min{path}` and `clip_value_max{path}` must have the same "
-                f"structure. Received: {_show(low)} and {_show(high)}"
-            )
-        keys = [key for key in low_keys if key in high_keys]
-    else:
-        keys = low_keys or high_keys or []
-    for key in keys:
-        _check_order(
-            low if low_keys is None else low[key],
-            high if high_keys is None else high[key],
-            f"{path}[{key!r}]",
-        )
-    if low_keys is not None or high_keys is not None:
-        return
-    try:
-        ordered = np.all(np.less_equal(low, high))
-    except ValueError:
-        raise ValueError(
-            f"`clip_value_min{path}` and `clip_value_max{path}` must broadcast against "
-            f"each other. Received shapes: {np.shape(low)} and {np.shape(high)}"
-        ) from None
-    if not ordered:
-        raise ValueError(
-            f"`clip_value_min{path}` must not be above `clip_value_max{path}`. "
-            f"Received: {low!r} and {high!r}"
-        )
-
-
-def _keys(constraint: Constraint) -> list | None:
-    """The keys of a structure, or `None` for a number or an array."""
-    if isinstance(constraint, dict):
-        return list(constraint)
-    if isinstance(constraint, (list, tuple)):
-        return list(range(len(constraint)))
-    return None

@@ -16,11 +16,12 @@ import numpy as np
 import tensorflow as tf
 from keras import ops, tree
 
+from advreg.ball import Settings
 from advreg.batches import BatchForm
+from advreg.checks import Schedule
 from advreg.config import (
     AdvNeighborConfig,
     AdvRegConfig,
-    Schedule,
     check_adv_config,
 )
 from advreg.distribution import ReplicaSeedGenerator, unscale_loss
@@ -29,7 +30,6 @@ from advreg.images import as_floats, float_twin
 from advreg.movable import movable
 from advreg.packing import Features, Gradients, describe
 from advreg.perturbation import (
-    Settings,
     align,
     differentiable,
     input_gradients,
@@ -157,6 +157,11 @@ class AdversarialRegularization(keras.Model):
         self._adv_config = check_adv_config(value)
         if self.train_function is not None:
             self.make_train_function(force=True)
+
+    @property
+    def batch_form(self) -> BatchForm:
+        """Tells features, labels and weights of a batch apart."""
+        return self._form
 
     @property
     def label_keys(self) -> Sequence[str]:

@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 from keras import ops, tree
 
-from advreg.config import Constraint
+from advreg.checks import Constraint
 from advreg.geometry import Tensor
 
 Features = Any  # a tensor, or a nested dict, list or tuple of tensors
@@ -29,13 +29,13 @@ class Packing:
 
     Args:
         features: A nested structure of tensors.
-        gradients: One for each leaf; the leaves without any stay what they are.
+        moving: For each leaf whether it moves; the others stay what they are.
     """
 
-    def __init__(self, features: Features, gradients: Gradients) -> None:
+    def __init__(self, features: Features, moving: Sequence[bool]) -> None:
         self.features = features
         self.leaves = tree.flatten(features)
-        self.moving = [gradient is not None for gradient in gradients]
+        self.moving = list(moving)
         self.tensors = list(itertools.compress(self.leaves, self.moving))
         if not self.tensors:
             raise ValueError(

@@ -1,7 +1,7 @@
-"""The one perturbation loop: start, ascend, project, clip.
+"""The perturbation loop of training: start, ascend, project, clip.
 
-`perturb` is all of it. Training, `perturb_on_batch`, custom training loops and attacks
-call it; they differ in where the gradients come from.
+`perturb` is all of it. Training, `perturb_on_batch` and custom training loops call it;
+they differ in where the gradients come from.
 """
 
 from __future__ import annotations
@@ -9,65 +9,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 import tensorflow as tf
 from keras import ops, tree
 
-from advreg.config import (
-    AdvNeighborConfig,
-    AdvRegConfig,
-    Constraint,
-    NormType,
-    Schedule,
-    check_adv_config,
-)
-from advreg.geometry import Tensor, project, sample_unit_ball, steepest_direction
+from advreg.ball import Ball, Settings
+from advreg.config import AdvNeighborConfig, AdvRegConfig, check_adv_config
+from advreg.geometry import Tensor
 from advreg.movable import movable
-from advreg.packing import Features, Gradients, Packing, describe
-
-
-class Settings(NamedTuple):
-    """An `AdvNeighborConfig` at one moment of training: schedules have become numbers.
-
-    Numbers, masks and ranges may be tensors, so that a compiled function can take them
-    as arguments. Fields are those of the configuration, in its order.
-    """
-
-    feature_mask: Constraint
-    adv_step_size: Tensor | float
-    adv_grad_norm: NormType
-    clip_value_min: Constraint
-    clip_value_max: Constraint
-    pgd_iterations: int
-    pgd_epsilon: Tensor | float | None
-    random_init: bool
-
-    @classmethod
-    def of(
-        cls, config: AdvNeighborConfig, iteration: Tensor | int | None = None
-    ) -> Settings:
-        """Evaluates the schedules of a configuration.
-
-        Args:
-            config: An `AdvNeighborConfig`.
-            iteration: Number of optimizer steps taken, which schedules need.
-        """
-        values = {name: getattr(config, name) for name in cls._fields}
-        for name in ("adv_step_size", "pgd_epsilon"):
-            if isinstance(values[name], Schedule):
-                if iteration is None:
-                    raise ValueError(
-                        f"`{name}` is a schedule over the optimizer's iterations, "
-                        "which a custom training loop keeps to itself. Pass its "
-                        f"value: `dataclasses.replace(config, {name}=float(schedule("
-                        f"optimizer.iterations)))`. Received: {name}={values[name]!r}"
-                    )
-                values[name] = values[name](iteration)
-        return cls(**values)
+from advreg.packing import Features, Gradients, describe
 
 
 def perturb(
@@ -105,59 +58,35 @@ def perturb(
     Raises:
         ValueError: No feature has a gradient, or a mask or range does not fit.
     """
-    packing = Packing(features, gradients)
-    x = packing.pack(packing.leaves)
-    mask = packing.spread("feature_mask", settings.feature_mask, 1.0)
-    moves = packing.spread_flags(flags)
-    if moves is not None:
-        mask = ops.where(moves, ops.ones_like(x) if mask is None else mask, 0.0)
-    free = None if mask is None else mask > 0.0
-    low, high, nearest, farthest = _bounds(
-        packing, settings, ops.stop_gradient(x), free
+    ball = Ball(
+        features,
+        [gradient is not None for gradient in gradients],
+        settings.adv_grad_norm,
+        settings.pgd_epsilon,
+        feature_mask=settings.feature_mask,
+        clip_value_min=settings.clip_value_min,
+        clip_value_max=settings.clip_value_max,
+        flags=flags,
     )
-    step_size = ops.convert_to_tensor(settings.adv_step_size, x.dtype)
-
-    def perturbed(displacement: Tensor) -> Features:
-        # Clipping the sum again takes out the rounding of `x + (bound - x)`.
-        return packing.unpack(_clip(x + displacement, low, high))
-
-    def constrain(displacement: Tensor) -> Tensor:
-        if settings.pgd_epsilon is not None:
-            displacement = project(
-                displacement, settings.pgd_epsilon, settings.adv_grad_norm
-            )
-        return _clip(displacement, nearest, farthest)
 
     def ascend(displacement: Tensor, gradients: Gradients) -> Tensor:
-        gradient = packing.pack(gradients)
-        gradient = ops.where(ops.isfinite(gradient), gradient, 0.0)
-        if mask is not None:
-            gradient = gradient * mask
-        direction = steepest_direction(gradient, settings.adv_grad_norm)
-        return constrain(displacement + step_size * direction)
+        gradient = ball.gradient(gradients)
+        return ball.ascend(displacement, gradient, settings.adv_step_size)
 
     def iterate(displacement: Tensor) -> Tensor:
-        return ascend(displacement, gradient_at(perturbed(displacement)))
+        return ascend(displacement, gradient_at(ball.perturbed(displacement)))
 
     if settings.random_init:
         radius = settings.pgd_epsilon
-        if radius is None:
-            radius = settings.adv_step_size
-        radius = ops.convert_to_tensor(radius, x.dtype)
-        noise = sample_unit_ball(
-            (ops.shape(x)[0], ops.shape(x)[1]),
-            settings.adv_grad_norm,
-            seed,
-            free,
-            keras.backend.standardize_dtype(x.dtype),
+        displacement = ball.random(
+            seed, settings.adv_step_size if radius is None else radius
         )
-        displacement = constrain(radius * noise)
         remaining = settings.pgd_iterations
     else:
-        displacement = ascend(ops.zeros_like(x), gradients)
+        displacement = ascend(ball.zero(), gradients)
         remaining = settings.pgd_iterations - 1
     displacement = _repeat(iterate, remaining, ops.stop_gradient(displacement))
-    return perturbed(ops.stop_gradient(displacement))
+    return ball.perturbed(ops.stop_gradient(displacement))
 
 
 def differentiable(features: Features, fixed: Sequence[str] = ()) -> list[bool]:
@@ -427,37 +356,6 @@ def adversarial_loss(
         flags=movable(features, sample_weights, base_model),
     )
     return loss_of(labels, model(neighbor))
-
-
-def _bounds(
-    packing: Packing, settings: Settings, x: Tensor, free: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Returns the range of the perturbed input, then that of the displacement.
-
-    A masked value and one that is not finite have the range of their own value.
-    """
-    low = packing.spread("clip_value_min", settings.clip_value_min, -math.inf)
-    high = packing.spread("clip_value_max", settings.clip_value_max, math.inf)
-    if low is None and high is None:
-        return None, None, None, None
-    finite = ops.isfinite(x)
-    movable = finite if free is None else ops.logical_and(finite, free)
-
-    def ranges(bound: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        if bound is None:
-            return None, None
-        return ops.where(movable, bound, x), ops.where(movable, bound - x, 0.0)
-
-    (low, nearest), (high, farthest) = ranges(low), ranges(high)
-    return low, high, nearest, farthest
-
-
-def _clip(value: Tensor, low: Tensor | None, high: Tensor | None) -> Tensor:
-    if low is not None:
-        value = ops.maximum(value, low)
-    if high is not None:
-        value = ops.minimum(value, high)
-    return value
 
 
 def _repeat(function: Callable[[Tensor], Tensor], times: int, value: Tensor) -> Tensor:

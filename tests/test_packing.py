@@ -6,7 +6,8 @@ from oracle import NORMS
 from test_perturbation import RNG, follow
 
 from advreg import AdvNeighborConfig
-from advreg.perturbation import Settings, perturb
+from advreg.ball import Settings
+from advreg.perturbation import perturb
 
 FEATURES = {
     "image": RNG.normal(size=(3, 2, 2)).astype("float32"),

@@ -15,8 +15,8 @@ from advreg import (
     gen_adv_neighbor,
     make_adv_reg_config,
 )
+from advreg.ball import Settings
 from advreg.perturbation import (
-    Settings,
     differentiable,
     input_gradients,
     perturb,
