@@ -109,6 +109,19 @@ class Ball:
         high = packing.spread("clip_value_max", clip_value_max, math.inf)
         self._bound(low, high)
 
+    @property
+    def moving(self) -> Sequence[bool]:
+        """For each leaf of the features whether it may move."""
+        return self._packing.moving
+
+    @property
+    def range(self) -> tuple[Tensor, Tensor]:
+        """Where each perturbed value may be: its own value where it may not move."""
+        return (
+            ops.full_like(self.x, -math.inf) if self._low is None else self._low,
+            ops.full_like(self.x, math.inf) if self._high is None else self._high,
+        )
+
     def zero(self) -> Tensor:
         """Returns the displacement of the input itself."""
         return ops.zeros_like(self.x)
@@ -135,6 +148,22 @@ class Ball:
         gradient = self._packing.pack(gradients)
         gradient = ops.where(ops.isfinite(gradient), gradient, 0.0)
         return gradient if self._mask is None else gradient * self._mask
+
+    def unblocked(self, displacement: Tensor, gradient: Tensor) -> Tensor:
+        """Leaves out of an L1 gradient what the range keeps from moving.
+
+        The L1 step goes to the largest component alone: once that has reached the end
+        of its range, the next one's turn has come.
+        """
+        if self._norm is not NormType.L1:
+            return gradient
+        if self._farthest is not None:
+            up = ops.logical_and(displacement >= self._farthest, gradient > 0)
+            gradient = ops.where(up, 0.0, gradient)
+        if self._nearest is not None:
+            down = ops.logical_and(displacement <= self._nearest, gradient < 0)
+            gradient = ops.where(down, 0.0, gradient)
+        return gradient
 
     def ascend(self, displacement: Tensor, gradient: Tensor, step: Tensor) -> Tensor:
         """Takes a step up, and comes back into the ball and the range.

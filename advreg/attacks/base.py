@@ -1,0 +1,314 @@
+"""What all attacks share: their arguments, and how they are called."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import tree
+
+from advreg.attacks.engine import Cascade, Outcome, Round, Rows, Scene, Threat, size
+from advreg.attacks.losses import LOSSES, classes_needed
+from advreg.attacks.victim import Victim
+from advreg.checks import (
+    Constraint,
+    check_mask,
+    check_order,
+    constraint,
+    count,
+    flag,
+    is_number,
+    length,
+)
+from advreg.config import NormType
+from advreg.packing import Features
+
+_Attack = TypeVar("_Attack", bound="Attack")
+_LOSSES = (*LOSSES, "model")
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Attack:
+    """An attack: hyperparameters, checked when it is made.
+
+    Calling it with a model and examples returns their adversarial neighbours.
+    """
+
+    epsilon: float
+    _: dataclasses.KW_ONLY
+    norm: NormType | str | float = NormType.INFINITY
+    targeted: bool = False
+    feature_mask: Constraint = None
+    clip_value_min: Constraint = None
+    clip_value_max: Constraint = None
+    from_logits: bool | None = None
+    seed: int | None = None
+
+    norms = tuple(NormType)
+
+    def __post_init__(self) -> None:
+        self._set("epsilon", length("epsilon", self.epsilon))
+        norm = check_norm(self.norm)
+        if norm not in self.norms:
+            raise ValueError(
+                f"`norm` must be one of {[norm.value for norm in self.norms]} for "
+                f"`{type(self).__name__}`, which is not defined for others. Received: "
+                f"{norm.value!r}"
+            )
+        self._set("norm", norm)
+        self._set("targeted", flag("targeted", self.targeted))
+        for name in ("feature_mask", "clip_value_min", "clip_value_max"):
+            self._set(name, constraint(name, getattr(self, name)))
+        check_mask(self.feature_mask)
+        check_order(self.clip_value_min, self.clip_value_max)
+        self._check_width()
+        if self.from_logits is not None:
+            self._set("from_logits", flag("from_logits", self.from_logits))
+        if self.seed is not None:
+            check_seed(self.seed)
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        return type(self).__name__
+
+    @property
+    def iterations_per_round(self) -> int:
+        """How many steps it takes from one start; 1 for a single-step attack."""
+        return 1
+
+    def with_epsilon(self: _Attack, epsilon: float) -> _Attack:
+        """Returns the same attack at another radius.
+
+        Args:
+            epsilon: The radius. A `step_size` that is set grows and shrinks along.
+        """
+        changes: dict[str, Any] = {"epsilon": epsilon}
+        step_size = getattr(self, "step_size", None)
+        if step_size is not None:
+            if not self.epsilon:
+                raise ValueError(
+                    "A `step_size` cannot be scaled to another radius from "
+                    f"`epsilon=0`. Received: {self!r}"
+                )
+            changes["step_size"] = step_size * epsilon / self.epsilon
+        return dataclasses.replace(self, **changes)
+
+    def rounds(self, scene: Scene) -> Sequence[Round]:
+        """The rounds that it consists of, against this model."""
+        raise NotImplementedError
+
+    def scene(self, model: keras.Model, from_logits: bool | None = None) -> Scene:
+        """Sets the attack before a model.
+
+        Args:
+            model: The model to attack.
+            from_logits: What holds where the attack's own `from_logits` is `None`.
+        """
+        if self.from_logits is not None:
+            from_logits = self.from_logits
+        victim = Victim(model, from_logits)
+        loss = getattr(self, "loss", "cross_entropy")
+        if loss == "model":
+            victim.check_compiled_loss()
+        threat = Threat(
+            self.epsilon,
+            NormType(self.norm),
+            self.feature_mask,
+            self.clip_value_min,
+            self.clip_value_max,
+        )
+        values = victim.fits_values and loss in (None, "model")
+        return Scene(victim, threat, classify=not values)
+
+    def rows(self, scene: Scene, features: Features, y: Any) -> Rows:
+        """Lays out what the rounds need of a batch, after checking it."""
+        self.check_features(scene, features)
+        if not scene.classify:
+            return {"features": features, "labels": y}
+        form = scene.victim.output_form(features)
+        needed = classes_needed(getattr(self, "loss", None) or "", self.targeted)
+        if form.classes < needed:
+            raise ValueError(
+                f"`loss={getattr(self, 'loss', None)!r}` needs {needed} classes at "
+                "least. Use `loss='margin'`. Received: a model of "
+                f"{form.classes} classes"
+            )
+        rows = {"features": features, "classes": scene.victim.classes(y, form)}
+        if getattr(self, "loss", None) == "model":
+            rows["labels"] = y
+        return rows
+
+    def check_features(self, scene: Scene, features: Features) -> None:
+        """Checks that the features lie in the clip range, and the radius in it too."""
+        if self.clip_value_min is None and self.clip_value_max is None:
+            return
+        check_range(scene, features, "the clip range")
+
+    def __call__(
+        self, model: keras.Model, x: Any, y: Any = None, *, batch_size: int = 32
+    ) -> Any:
+        """Returns the adversarial neighbours of examples.
+
+        Examples that are fooled stay where they were fooled first. Of the others, each
+        is where it came closest after a round.
+
+        Args:
+            model: A Keras 3 model, wrapped or not. It runs in inference mode, and
+                nothing of it changes.
+            x: Features: an array or tensor, or a structure of them, the batch axis
+                first. For a wrapped model labels may be in it if it is a dictionary.
+            y: The true classes, or the classes to reach where `targeted`: numbers of
+                shape `[n]` or `[n, 1]`, or one-hot rows. For a model of regression the
+                values that it was to predict.
+            batch_size: Number of examples that go through the model at once.
+
+        Returns:
+            The perturbed features as NumPy arrays, in the structure and dtypes of `x`
+            (images of type uint8 as float32), labels left out.
+
+        Raises:
+            TypeError: `model` is not a Keras 3 model.
+            ValueError: The model gives no class scores, labels or features do not fit
+                it, or features lie outside the clip range.
+        """
+        scene = self.scene(model)
+        count("batch_size", batch_size)
+        features, y = scene.victim.unpack((x, y))
+        given, total = x, size(features)
+        if total == 0:
+            raise ValueError(f"`x` must hold examples. Received: {given!r}")
+        if size({"y": y}) != total:
+            raise ValueError(
+                "`x` and `y` must have the same number of examples. Received: "
+                f"{total} and {size({'y': y})}"
+            )
+        found: list[tuple[np.ndarray, Features]] = []
+
+        def done(rows: Rows, outcome: Outcome) -> None:
+            ball = scene.ball(rows)
+            moved = ball.perturbed(tf.convert_to_tensor(outcome.displacement))
+            found.append((rows["index"], moved))
+
+        rows = self.rows(scene, features, y)
+        rows["index"] = np.arange(total)
+        cascade = Cascade(
+            scene, self.rounds(scene), batch_size, make_seed(self.seed), done
+        )
+        for start in range(0, total, batch_size):
+            part = slice(start, start + batch_size)
+            cascade.feed(tree.map_structure(lambda leaf, part=part: leaf[part], rows))
+        cascade.flush()
+        order = np.argsort(np.concatenate([index for index, _ in found]))
+        moved = tree.map_structure(
+            lambda *leaves: tf.gather(tf.concat(leaves, 0), order),
+            *(features for _, features in found),
+        )
+        return tree.map_structure(
+            lambda leaf: leaf.numpy() if isinstance(leaf, tf.Tensor) else leaf, moved
+        )
+
+    def __repr__(self) -> str:
+        shown = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name == "epsilon" or repr(value) != repr(field.default):
+                value = value.value if isinstance(value, NormType) else value
+                shown.append(f"{field.name}={value!r}")
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _check_width(self) -> None:
+        """Checks the radius against the range, where both are numbers."""
+        low, high = self.clip_value_min, self.clip_value_max
+        if (
+            self.norm is NormType.INFINITY
+            and is_number(low)
+            and is_number(high)
+            and self.epsilon > (high - low) * (1 + 1e-6)
+        ):
+            raise ValueError(
+                "`epsilon` must not be larger than the range from `clip_value_min` to "
+                f"`clip_value_max`, which is {high - low:g} wide. Received: "
+                f"{self.epsilon:g}"
+            )
+
+
+def check_norm(value: Any) -> NormType:
+    """Checks a norm."""
+    try:
+        return NormType(value)
+    except ValueError:
+        raise ValueError(
+            "`norm` must be one of 'l1', 'l2' and 'infinity' (or 'linf', 'inf', 1, 2, "
+            f"np.inf). Received: {value!r}"
+        ) from None
+
+
+def check_loss(value: Any) -> str | None:
+    """Checks the name of a loss."""
+    if value is not None and value not in _LOSSES:
+        raise ValueError(f"`loss` must be one of {list(_LOSSES)}. Received: {value!r}")
+    return value
+
+
+def check_seed(value: Any) -> None:
+    """Checks a seed."""
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+        raise TypeError(f"`seed` must be an integer or `None`. Received: {value!r}")
+    if not 0 <= value < 2**32:
+        raise ValueError(
+            f"`seed` must lie between 0 and 2**32 - 1. Received: {value!r}"
+        )
+
+
+def check_range(scene: Scene, features: Features, what: str) -> None:
+    """Checks that features lie in the clip range, to within one rounding.
+
+    Args:
+        scene: Whose threat has the range.
+        features: A batch.
+        what: What the error calls the range.
+
+    Raises:
+        ValueError: They do not, or an L1 or L2 radius reaches beyond the range.
+    """
+    ball = scene.ball({"features": features})
+    low, high = (bound.numpy() for bound in ball.range)
+    x = ball.x.numpy()
+    x = np.where(np.isfinite(x), x, np.nan)
+    slack = 1e-6 * max(1.0, float(np.nanmax(np.abs(x), initial=0.0)))
+    outside = (x < low - slack) | (x > high + slack)
+    if outside.any():
+        raise ValueError(
+            f"`x` must lie in {what}, from {_span(low)} to {_span(high)}. Received: "
+            f"values from {np.nanmin(x):.6g} to {np.nanmax(x):.6g}. Scale the data, or "
+            "set `clip_value_min` and `clip_value_max` to its own range"
+        )
+    norm = scene.threat.norm
+    order = {NormType.L1: 1, NormType.L2: 2, NormType.INFINITY: np.inf}
+    widths = np.linalg.norm((high - low).astype("float64"), order[norm], axis=1)
+    diameter = float(np.max(widths))
+    if math.isfinite(diameter) and scene.threat.epsilon > diameter * (1 + 1e-6):
+        raise ValueError(
+            "`epsilon` must not be larger than the clip range: no two inputs in it are "
+            f"further apart than {diameter:.6g} in the {norm.value} norm. "
+            f"Received: {scene.threat.epsilon:g}"
+        )
+
+
+def make_seed(seed: int | None) -> keras.random.SeedGenerator:
+    """Makes what random numbers are drawn from, by Keras's global seed if `None`."""
+    return keras.random.SeedGenerator(None if seed is None else int(seed))
+
+
+def _span(bound: np.ndarray) -> str:
+    low, high = float(np.min(bound)), float(np.max(bound))
+    return f"{low:g}" if low == high else f"{low:g} ... {high:g}"
