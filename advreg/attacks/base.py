@@ -50,6 +50,7 @@ class Attack:
     seed: int | None = None
 
     norms = tuple(NormType)
+    uses_gradient = True
 
     def __post_init__(self) -> None:
         self._set("epsilon", length("epsilon", self.epsilon))
@@ -128,27 +129,35 @@ class Attack:
 
     def rows(self, scene: Scene, features: Features, y: Any) -> Rows:
         """Lays out what the rounds need of a batch, after checking it."""
-        self.check_features(scene, features)
-        if not scene.classify:
-            return {"features": features, "labels": y}
-        form = scene.victim.output_form(features)
-        needed = classes_needed(getattr(self, "loss", None) or "", self.targeted)
-        if form.classes < needed:
-            raise ValueError(
-                f"`loss={getattr(self, 'loss', None)!r}` needs {needed} classes at "
-                "least. Use `loss='margin'`. Received: a model of "
-                f"{form.classes} classes"
-            )
-        rows = {"features": features, "classes": scene.victim.classes(y, form)}
-        if getattr(self, "loss", None) == "model":
+        self.check(scene, features)
+        rows: Rows = {"features": features}
+        if scene.classify:
+            rows["classes"] = scene.victim.classes(y, scene.victim.known_form)
+        if self.wants_labels(scene):
             rows["labels"] = y
         return rows
 
-    def check_features(self, scene: Scene, features: Features) -> None:
-        """Checks that the features lie in the clip range, and the radius in it too."""
-        if self.clip_value_min is None and self.clip_value_max is None:
+    def wants_labels(self, scene: Scene) -> bool:
+        """Whether the rounds need labels as the compiled loss takes them."""
+        return not scene.classify or getattr(self, "loss", None) == "model"
+
+    def check(self, scene: Scene, features: Features) -> None:
+        """Checks that a batch lies in the clip range, and that the loss is defined.
+
+        Raises:
+            ValueError: It does not, or it is not.
+        """
+        if self.clip_value_min is not None or self.clip_value_max is not None:
+            check_range(scene, features)
+        if not scene.classify:
             return
-        check_range(scene, features, "the clip range")
+        loss = getattr(self, "loss", None)
+        classes = scene.victim.output_form(features).classes
+        if loss is not None and classes < (least := classes_needed(loss, self.targeted)):
+            raise ValueError(
+                f"`loss={loss!r}` needs {least} classes at least: use `loss='margin'`. "
+                f"Received: a model of {classes} classes"
+            )
 
     def __call__(
         self, model: keras.Model, x: Any, y: Any = None, *, batch_size: int = 32
@@ -269,13 +278,12 @@ def check_seed(value: Any) -> None:
         )
 
 
-def check_range(scene: Scene, features: Features, what: str) -> None:
+def check_range(scene: Scene, features: Features) -> None:
     """Checks that features lie in the clip range, to within one rounding.
 
     Args:
         scene: Whose threat has the range.
         features: A batch.
-        what: What the error calls the range.
 
     Raises:
         ValueError: They do not, or an L1 or L2 radius reaches beyond the range.
@@ -288,7 +296,7 @@ def check_range(scene: Scene, features: Features, what: str) -> None:
     outside = (x < low - slack) | (x > high + slack)
     if outside.any():
         raise ValueError(
-            f"`x` must lie in {what}, from {_span(low)} to {_span(high)}. Received: "
+            f"`x` must lie in the clip range, from {_span(low)} to {_span(high)}. Received: "
             f"values from {np.nanmin(x):.6g} to {np.nanmax(x):.6g}. Scale the data, or "
             "set `clip_value_min` and `clip_value_max` to its own range"
         )

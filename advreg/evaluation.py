@@ -1,0 +1,409 @@
+"""Robust accuracy that can be trusted: attacks, the worst case, and honest checks."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import tree
+
+from advreg import honesty
+from advreg.attacks.base import Attack
+from advreg.attacks.engine import Rows, size, take
+from advreg.attacks.losses import cross_entropy
+from advreg.attacks.victim import Victim
+from advreg.checks import count, is_number, length
+from advreg.geometry import Tensor
+from advreg.packing import Features
+from advreg.perturbation import differentiable, select
+from advreg.report import Accuracy, Check, RobustnessReport, in_words
+from advreg.trials import FOOLED, STANDS, UNKNOWN, Marks, Trial, balls, sample
+
+
+def evaluate_robustness(
+    model: keras.Model,
+    x: Any,
+    y: Any = None,
+    *,
+    attacks: Any,
+    epsilons: Sequence[float] | None = None,
+    batch_size: int = 32,
+    verbose: int | str = "auto",
+    from_logits: bool | None = None,
+) -> RobustnessReport:
+    """Measures how accurate a classifier stays under attack, and says if that is sure.
+
+    Every attack meets every example that the model gets right, at every radius.
+    Examples that are fooled are left alone from then on, and the others gathered into
+    full batches again. The data is read once, batch by batch: memory does not grow
+    with it, but for some bytes per example.
+
+    At the end the checks of [Carlini et al., 2019](https://arxiv.org/abs/1902.06705)
+    look for signs that the attacks were too weak, on 256 examples drawn at random from
+    those that the model gets right. What they find are the report's `warnings`.
+
+    Args:
+        model: A Keras 3 model that gives class scores, wrapped or not, compiled or
+            not. It runs in inference mode, and nothing of it changes.
+        x: The data, in any form that `evaluate` takes: arrays or structures of them, a
+            `tf.data.Dataset`, a `PyDataset`, a generator that ends. Sample weights in
+            it count nothing.
+        y: Labels, where they are not in `x`: class numbers or one-hot rows.
+        attacks: An attack or a list of them: objects of `advreg.attacks`, or any
+            callable `attack(model, x, y) -> x_adv`. What such a callable has as
+            `name`, `epsilon` and `norm` is reported.
+        epsilons: Radii that replace those of all attacks, their step sizes scaling
+            along. Attacks without a radius run once.
+        batch_size: Number of examples that go through the model at once.
+        verbose: `"auto"` or 1 for a progress bar, 2 for one line, 0 for nothing.
+        from_logits: Whether the model's outputs are logits rather than probabilities,
+            for attacks that do not say. See `advreg.attacks.FGSM` for what `None`
+            does.
+
+    Returns:
+        A `RobustnessReport`. After Ctrl-C, that of the examples which all attacks have
+        finished.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: The model gives no class scores, labels do not fit them, data lies
+            outside an attack's clip range, a radius is negative or larger than the
+            range, or an attack is targeted.
+
+    Example:
+    >>> report = advreg.evaluate_robustness(
+    ...     model, x_test, y_test, epsilons=[0.05, 0.1, 0.2], attacks=[
+    ...         attacks.FGSM(epsilon=0.1, clip_value_min=0.0, clip_value_max=1.0),
+    ...         attacks.AutoAttack(epsilon=0.1, clip_value_min=0.0, clip_value_max=1.0),
+    ...     ])
+    >>> print(report)
+    """
+    count("batch_size", batch_size)
+    if verbose not in ("auto", 0, 1, 2):
+        raise ValueError(f"`verbose` must be 'auto', 0, 1 or 2. Received: {verbose!r}")
+    began = time.perf_counter()
+    chosen = _at_radii(_listed(attacks), epsilons)
+    names = _names(chosen)
+    trials = [
+        Trial(attack, model, name, batch_size, from_logits)
+        for attack, name in zip(chosen, names, strict=True)
+    ]
+    survey = Survey(Victim(model, from_logits), trials)
+    checks: tuple[Check, ...] = ()
+    complete = False
+    try:
+        survey.read(x, y, batch_size, verbose)
+        complete = True
+        checks = honesty.check(model, survey, trials, batch_size, from_logits)
+    except KeyboardInterrupt:
+        if not survey.decided().any():
+            raise
+    return _report(model, survey, trials, checks, time.perf_counter() - began, complete)
+
+
+class Survey:
+    """Reads data once, and lets every trial see what the model gets right.
+
+    Args:
+        victim: The model.
+        trials: The attacks.
+        sample_size: Number of examples to keep, drawn at random from all that the
+            model gets right; 0 for none, which saves the gradient too.
+    """
+
+    def __init__(
+        self,
+        victim: Victim,
+        trials: Sequence[Trial],
+        sample_size: int = honesty.SAMPLE,
+    ) -> None:
+        self.victim, self._trials, self._sample_size = victim, trials, sample_size
+        self.seconds = 0.0
+        self.examples = self.flat = self.right = 0
+        self.disconnected = False
+        self._correct = Marks()
+        self._random = np.random.default_rng(0)
+        self.sample: Rows | None = None
+        self._keys = np.zeros(0)
+
+    def read(self, x: Any, y: Any, batch_size: int, verbose: int | str) -> None:
+        """Reads all data, in any form that Keras knows, and ends the trials."""
+        with warnings.catch_warnings():
+            # That a generator ends is how its data ends.
+            warnings.filterwarnings("ignore", "Your input ran out of data")
+            _Reader(self._see).evaluate(x, y, batch_size=batch_size, verbose=verbose)
+        if not self.examples:
+            raise ValueError(f"`x` must hold examples. Received: {x!r}")
+        for trial in self._trials:
+            trial.flush()
+
+    def correct(self, index: np.ndarray) -> np.ndarray:
+        """Tells which examples the model gets right as they are."""
+        return self._correct.get(index) > 0
+
+    def decided(self) -> np.ndarray:
+        """Tells for each example seen whether all trials have ended for it."""
+        index = np.arange(self.examples)
+        decided = np.full(self.examples, True)
+        for trial in self._trials:
+            decided &= trial.status.get(index) != UNKNOWN
+        return decided | ~self.correct(index)
+
+    def _see(self, data: Any) -> dict[str, float]:
+        began = time.perf_counter()
+        features, y = self.victim.unpack(data)
+        form = self.victim.output_form(features)
+        classes = self.victim.classes(y, form)
+        seen = size(features)
+        if size({"y": y}) != seen:
+            raise ValueError(
+                "Features and labels must come in equal numbers. Received: a batch of "
+                f"{seen} features and {size({'y': y})} labels"
+            )
+        correct, flat = self._clean(features, classes)
+        index = np.arange(self.examples, self.examples + seen)
+        self._correct.set(index, correct.astype("uint8"))
+        self.flat += int((flat & correct).sum())
+        rows = {"features": features, "classes": classes, "labels": y, "index": index}
+        right = np.flatnonzero(correct)
+        self.seconds += time.perf_counter() - began
+        if len(right):
+            rows = rows if len(right) == seen else take(rows, right)
+            self._keep(rows)
+            for trial in self._trials:
+                trial.feed(rows)
+        self.examples += seen
+        self.right += len(right)
+        return self._progress()
+
+    def _clean(
+        self, features: Features, classes: Tensor
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Tells what is right, and where the gradient is exactly zero."""
+        victim = self.victim
+        with_gradient = self._sample_size > 0
+
+        def look(features: Features, classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            wanted = differentiable(features, victim.form.fixed_keys)
+            leaves = select(features, wanted)
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(leaves)
+                outputs = victim.outputs(features)
+                loss = cross_entropy(victim.known_form.logits(outputs), classes)
+            correct = victim.known_form.predicted(outputs) == classes
+            gradients = tape.gradient(loss, leaves) if with_gradient else []
+            flat = tf.fill(tf.shape(classes), with_gradient)
+            for gradient in gradients:
+                if gradient is not None:
+                    axes = list(range(1, gradient.shape.rank))
+                    flat &= tf.reduce_all(tf.equal(gradient, 0), axis=axes)
+            return correct, flat, tf.constant(all(g is None for g in gradients))
+
+        key = ("clean", with_gradient)
+        compiled = victim.compile(key, look, features, classes)
+        correct, flat, disconnected = compiled(features, classes)
+        self.disconnected = with_gradient and bool(disconnected)
+        return correct.numpy(), flat.numpy()
+
+    def _keep(self, rows: Rows) -> None:
+        """Keeps a sample of all rows so far, each as likely as any other."""
+        if not self._sample_size:
+            return
+        keys = self._random.random(size(rows))
+        if self.sample is None:
+            self.sample, self._keys = sample(rows, keys, self._sample_size)
+            return
+        if len(self._keys) == self._sample_size:
+            better = np.flatnonzero(keys < self._keys.max())
+            rows, keys = take(rows, better), keys[better]
+        if len(keys) and _alike(self.sample, rows):
+            joined = tree.map_structure(
+                lambda *leaves: (
+                    np.concatenate(leaves)
+                    if isinstance(leaves[0], np.ndarray)
+                    else tf.concat(leaves, 0)
+                ),
+                self.sample,
+                rows,
+            )
+            keys = np.concatenate([self._keys, keys])
+            self.sample, self._keys = sample(joined, keys, self._sample_size)
+
+    def _progress(self) -> dict[str, float]:
+        """What the progress bar shows: accuracies on what has been decided so far."""
+        clean = self.right / self.examples
+        shown = {"clean": clean}
+        for trial in self._trials:
+            if trial.stands + trial.fooled:
+                share = trial.stands / (trial.stands + trial.fooled)
+                shown[_label(trial)] = clean * share
+        return shown
+
+
+class _Reader(keras.Model):
+    """Lets Keras bring data of any form, batch by batch, with its progress bar."""
+
+    def __init__(self, see: Callable[[Any], dict[str, float]]) -> None:
+        super().__init__()
+        self._see = see
+        self.built = True
+        self.compile(run_eagerly=True)
+
+    def test_step(self, data: Any) -> dict[str, float]:
+        """Hands on a batch."""
+        return self._see(data)
+
+
+def _listed(attacks: Any) -> list[Any]:
+    """Checks attacks, and makes a list of one."""
+    found = list(attacks) if isinstance(attacks, (list, tuple)) else [attacks]
+    for attack in found:
+        if isinstance(attack, type) or not callable(attack):
+            raise TypeError(
+                "`attacks` must be attacks, such as `advreg.attacks.PGD(epsilon=0.1)`, "
+                "or a list of them; not their classes or names. Received: "
+                f"{attack!r} (of type {type(attack).__name__})"
+            )
+        if getattr(attack, "targeted", False):
+            raise ValueError(
+                "`attacks` must not be targeted: a robust accuracy counts whatever an "
+                "example is mistaken for. Call a targeted attack with the targets, "
+                f"`x_adv = attack(model, x, targets)`. Received: {attack!r}"
+            )
+    if not found:
+        raise ValueError("`attacks` must name one attack at least. Received: none")
+    return found
+
+
+def _at_radii(attacks: list[Any], epsilons: Any) -> list[Any]:
+    """Sets every attack that has a radius to each of the radii."""
+    if epsilons is None:
+        return attacks
+    radii = [epsilons] if is_number(epsilons) else list(epsilons)
+    if not radii:
+        raise ValueError("`epsilons` must hold one radius at least. Received: none")
+    radii = sorted({length("epsilons", radius) for radius in radii})
+    chosen = []
+    for attack in attacks:
+        if getattr(attack, "epsilon", None) is None or not hasattr(
+            attack, "with_epsilon"
+        ):
+            chosen.append(attack)
+        else:
+            chosen += [attack.with_epsilon(radius) for radius in radii]
+    return chosen
+
+
+def _names(attacks: Sequence[Any]) -> list[str]:
+    """Names attacks so that no two that differ in more than the radius share one."""
+    known: dict[str, list[str]] = {}
+    names = []
+    for attack in attacks:
+        name = getattr(attack, "name", None) or getattr(attack, "__name__", None)
+        name = str(name or type(attack).__name__)
+        settings = _settings_but_radius(attack)
+        others = known.setdefault(name, [])
+        if settings not in others:
+            others.append(settings)
+        place = others.index(settings)
+        names.append(name if not place else f"{name} ({place + 1})")
+    return names
+
+
+def _settings_but_radius(attack: Any) -> str:
+    if not isinstance(attack, Attack):
+        return "" if hasattr(attack, "with_epsilon") else repr(attack)
+    settings = {
+        field.name: repr(getattr(attack, field.name))
+        for field in dataclasses.fields(attack)
+        if field.name not in ("epsilon", "step_size")
+    }
+    step_size = getattr(attack, "step_size", None)
+    if step_size is not None and attack.epsilon:
+        settings["step_size"] = f"{step_size / attack.epsilon:.6g}"
+    return repr(settings)
+
+
+def _label(trial: Trial) -> str:
+    return trial.name if trial.epsilon is None else f"{trial.name} {trial.epsilon:.3g}"
+
+
+def _alike(one: Rows, other: Rows) -> bool:
+    """Whether rows can stand in one batch: sequences may differ in length."""
+    return all(
+        tuple(a.shape[1:]) == tuple(b.shape[1:])
+        for a, b in zip(tree.flatten(one), tree.flatten(other), strict=True)
+    )
+
+
+def _report(
+    model: keras.Model,
+    survey: Survey,
+    trials: Sequence[Trial],
+    checks: tuple[Check, ...],
+    seconds: float,
+    complete: bool,
+) -> RobustnessReport:
+    decided = np.flatnonzero(survey.decided())
+    examples = len(decided)
+    correct = survey.correct(decided)
+
+    def stands(trial: Trial) -> np.ndarray:
+        return correct & (trial.status.get(decided) == STANDS)
+
+    bounded = [trial for trial in trials if trial.epsilon is not None]
+    overall = correct.copy()
+    for trial in bounded or trials:
+        overall &= stands(trial)
+    worst = []
+    for norm, epsilon in balls(trials):
+        fallen = Marks()
+        for trial in trials:
+            for index in trial.fallen_within(norm, epsilon):
+                fallen.set(index, FOOLED)
+        left = int((correct & (fallen.get(decided) != FOOLED)).sum())
+        worst.append(Accuracy("worst case", left, examples, epsilon, norm.value))
+    return RobustnessReport(
+        model=model.name,
+        clean=Accuracy("clean", int(correct.sum()), examples, seconds=survey.seconds),
+        results=tuple(t.result(examples, int(stands(t).sum())) for t in trials),
+        worst_cases=tuple(worst),
+        overall=Accuracy("overall", int(overall.sum()), examples),
+        threat_model=_threat_model(trials),
+        checks=checks,
+        seconds=seconds,
+        complete=complete,
+    )
+
+
+def _threat_model(trials: Sequence[Trial]) -> str:
+    radii: dict[str, float] = {}
+    for norm, epsilon in balls(trials):
+        radii[norm.value] = max(epsilon, radii.get(norm.value, 0.0))
+    ranges = {
+        (_shown(trial.attack, "clip_value_min"), _shown(trial.attack, "clip_value_max"))
+        for trial in trials
+    }
+    low, high = ranges.pop() if len(ranges) == 1 else ("that of each attack", "")
+    names = {trial.name: trial for trial in trials}
+    return in_words(
+        radii,
+        low,
+        high,
+        white_box=[name for name, trial in names.items() if trial.white_box],
+        other=[name for name, trial in names.items() if not trial.white_box],
+        unbounded=[name for name, trial in names.items() if trial.epsilon is None],
+    )
+
+
+def _shown(attack: Any, name: str) -> str:
+    value = getattr(attack, name, None)
+    if value is None:
+        return ""
+    return f"{value:g}" if is_number(value) else "an array"
