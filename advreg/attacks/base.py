@@ -50,6 +50,7 @@ class Attack:
     seed: int | None = None
 
     norms = tuple(NormType)
+    uses_gradient = True
 
     def __post_init__(self) -> None:
         self._set("epsilon", length("epsilon", self.epsilon))
