@@ -115,6 +115,11 @@ class Ball:
         return self._packing.moving
 
     @property
+    def free(self) -> Tensor | None:
+        """Where values may move: booleans that broadcast, `None` where all may."""
+        return self._free
+
+    @property
     def range(self) -> tuple[Tensor, Tensor]:
         """Where each perturbed value may be: its own value where it may not move."""
         return (

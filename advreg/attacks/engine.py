@@ -44,7 +44,7 @@ class Look(NamedTuple):
     """
 
     loss: Tensor
-    gradient: Tensor
+    gradient: Tensor | None
     ball: Ball
 
 

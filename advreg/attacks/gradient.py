@@ -215,11 +215,7 @@ class PGD(_Iterative):
         super().__post_init__()
         self._set("random_init", flag("random_init", self.random_init))
         self._set("restarts", count("restarts", self.restarts))
-        if self.restarts > 1 and not self.random_init:
-            raise ValueError(
-                "`restarts` above 1 need `random_init=True`: without it all starts are "
-                f"the same. Received: restarts={self.restarts}, random_init=False"
-            )
+        check_restarts(self.restarts, self.random_init)
         if not is_number(self.momentum) or not 0 <= self.momentum <= 1:
             raise ValueError(
                 "`momentum` must be a number in [0, 1]. Received: "
@@ -245,8 +241,17 @@ class PGD(_Iterative):
         return [one] * self.restarts
 
 
-def loss_for(attack: FGSM | _Iterative, scene: Scene) -> str:
-    """The name of the loss that an attack raises on a model."""
+def loss_for(attack: Any, scene: Scene) -> str:
+    """The name of the loss that an attack with a `loss` raises on a model."""
     if attack.loss is not None:
         return attack.loss
     return "cross_entropy" if scene.classify else "model"
+
+
+def check_restarts(restarts: int, random_init: bool) -> None:
+    """Checks that several starts are not all the same."""
+    if restarts > 1 and not random_init:
+        raise ValueError(
+            "`restarts` above 1 need `random_init=True`: without it all starts are "
+            f"the same. Received: restarts={restarts}, random_init=False"
+        )
