@@ -273,7 +273,9 @@ def in_words(
     else:
         text += "and take any value."
     if white_box:
-        text += f" The attacker knows the model and the labels ({', '.join(white_box)})."
+        text += (
+            f" The attacker knows the model and the labels ({', '.join(white_box)})."
+        )
     if other:
         text += f" Without following the model's own gradient: {', '.join(other)}."
     if unbounded:

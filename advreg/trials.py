@@ -140,7 +140,9 @@ class Trial:
         """Makes a line of the report."""
         l2, linf = (
             float(np.median(np.concatenate(column))) if column else None
-            for column in (zip(*self.lengths, strict=True) if self.lengths else ([], []))
+            for column in (
+                zip(*self.lengths, strict=True) if self.lengths else ([], [])
+            )
         )
         return Accuracy(
             name=self.name,
@@ -192,7 +194,9 @@ class _Foreign:
         own = getattr(attack, "from_logits", None)
         self._attack, self._model = attack, model
         self._victim = Victim(model, from_logits if own is None else own)
-        low, high = (getattr(attack, f"clip_value_{end}", None) for end in ("min", "max"))
+        low, high = (
+            getattr(attack, f"clip_value_{end}", None) for end in ("min", "max")
+        )
         self._threat = Threat(0.0, NormType.INFINITY, None, low, high)
         self._scene = Scene(self._victim, self._threat, classify=True)
         self._options = {}
@@ -209,9 +213,11 @@ class _Foreign:
             for part in (features, rows["labels"])
         )
         moved = tree.map_structure(
-            lambda new, old: tf.cast(tf.convert_to_tensor(new), old.dtype)
-            if isinstance(old, tf.Tensor)
-            else new,
+            lambda new, old: (
+                tf.cast(tf.convert_to_tensor(new), old.dtype)
+                if isinstance(old, tf.Tensor)
+                else new
+            ),
             self._attack(self._model, x, y, **self._options),
             features,
         )

@@ -153,7 +153,9 @@ class Attack:
             return
         loss = getattr(self, "loss", None)
         classes = scene.victim.output_form(features).classes
-        if loss is not None and classes < (least := classes_needed(loss, self.targeted)):
+        if loss is not None and classes < (
+            least := classes_needed(loss, self.targeted)
+        ):
             raise ValueError(
                 f"`loss={loss!r}` needs {least} classes at least: use `loss='margin'`. "
                 f"Received: a model of {classes} classes"
