@@ -1,6 +1,7 @@
 """Adversarial regularisation for Keras 3: wrap a model, `compile`, `fit`."""
 
 from advreg import _backend as _backend  # First: it checks Keras's backend.
+from advreg import attacks
 from advreg._version import __version__
 from advreg.config import (
     AdvNeighborConfig,
@@ -8,16 +9,21 @@ from advreg.config import (
     NormType,
     make_adv_reg_config,
 )
+from advreg.evaluation import evaluate_robustness
 from advreg.model import AdversarialRegularization
 from advreg.perturbation import adversarial_loss, gen_adv_neighbor
+from advreg.report import RobustnessReport
 
 __all__ = [
     "AdvNeighborConfig",
     "AdvRegConfig",
     "AdversarialRegularization",
     "NormType",
+    "RobustnessReport",
     "__version__",
     "adversarial_loss",
+    "attacks",
+    "evaluate_robustness",
     "gen_adv_neighbor",
     "make_adv_reg_config",
 ]

@@ -1,4 +1,4 @@
-"""The command line: `advreg demo`.
+"""The command line: `advreg demo` and `advreg evaluate`.
 
 Each sub-command is a function that adds its parser, and one that runs it.
 """
@@ -6,15 +6,21 @@ Each sub-command is a function that adds its parser, and one that runs it.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from advreg import demo
+import keras
+
+from advreg import attacks, datasets, demo, plots
 from advreg._version import __version__
+from advreg.attacks.base import check_norm
+from advreg.config import NormType
 from advreg.datasets import DatasetError
+from advreg.evaluation import evaluate_robustness
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"advreg {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
-    for add in (_add_demo,):
+    for add in (_add_demo, _add_evaluate):
         add(commands)
     return parser
 
@@ -143,6 +149,183 @@ def _run_demo(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         return 1
     print(result)
     return 0
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "evaluate",
+        help="attack a saved model, and report how accurate it stays",
+        description="Attack a saved Keras model on the test images of a dataset, and "
+        "report its accuracy with the checks of an honest evaluation.",
+    )
+    parser.add_argument(
+        "model", type=Path, metavar="MODEL.keras", help="the saved model"
+    )
+    parser.add_argument(
+        "--dataset",
+        metavar="NAME",
+        default="digits",
+        help="'digits', or a dataset of TensorFlow Datasets that classifies images "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--attacks",
+        nargs="+",
+        metavar="ATTACK",
+        choices=sorted(_ATTACKS),
+        default=["fgsm", "pgd"],
+        help=f"which attacks, of {', '.join(sorted(_ATTACKS))} (default: fgsm pgd)",
+    )
+    parser.add_argument(
+        "--epsilons",
+        nargs="+",
+        type=float,
+        metavar="X",
+        help="radii, in units of the model's input (default: that of the demo on "
+        "this dataset)",
+    )
+    parser.add_argument(
+        "--norm",
+        metavar="NORM",
+        default="infinity",
+        help="norm of the radius: l1, l2 or infinity (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--iterations",
+        type=int,
+        metavar="N",
+        help="steps of each iterative attack (default: its own)",
+    )
+    parser.add_argument(
+        "--restarts", type=int, metavar="N", help="random starts of pgd and apgd"
+    )
+    parser.add_argument(
+        "--pixel-range",
+        nargs=2,
+        type=float,
+        metavar=("LOW", "HIGH"),
+        default=(0.0, 1.0),
+        help="what black and white are in the model's input (default: 0 1)",
+    )
+    parser.add_argument(
+        "--examples",
+        type=int,
+        metavar="N",
+        help="how many test images, the first ones (default: all)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        default=250,
+        help="images that go through the model at once (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--from-logits",
+        action=argparse.BooleanOptionalAction,
+        help="whether the model's outputs are logits (default: told by their values)",
+    )
+    parser.add_argument(
+        "--seed", type=int, metavar="N", default=0, help="seed of random starts"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the report to a file as JSON"
+    )
+    parser.add_argument(
+        "--figure",
+        type=Path,
+        metavar="FILE",
+        help="draw accuracy against radius into a file, such as report.png",
+    )
+    parser.set_defaults(run=lambda args: _run_evaluate(parser, args))
+
+
+def _run_evaluate(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    low, high = args.pixel_range
+    if not low < high:
+        parser.error(
+            f"--pixel-range must be two numbers that grow. Received: {low:g} {high:g}"
+        )
+    if args.examples is not None and args.examples < 1:
+        parser.error(f"--examples must be at least 1. Received: {args.examples}")
+    for path in (args.json, args.figure):
+        if path is not None and not path.parent.is_dir():
+            parser.error(f"{path.parent} is no directory to write {path.name} into")
+    try:
+        if args.figure is not None:
+            plots.figure_class()  # Without Matplotlib, fail before the attack.
+        model = _load(args.model)
+        data = datasets.load(args.dataset)
+    except (OSError, TypeError, ValueError, ImportError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 1
+    x, y = data.x_test[: args.examples], data.y_test[: args.examples]
+    if args.pixel_range != (0.0, 1.0):
+        x = (low + (high - low) * x).astype("float32")
+    try:
+        norm = check_norm(args.norm)
+        radii = args.epsilons or [
+            demo.recipe_for(args.dataset).adv_step_size[norm] * (high - low)
+        ]
+        report = evaluate_robustness(
+            model,
+            x,
+            y,
+            attacks=[_attack(name, radii[0], norm, args) for name in args.attacks],
+            epsilons=radii,
+            batch_size=args.batch_size,
+            from_logits=args.from_logits,
+        )
+    except (TypeError, ValueError) as error:
+        parser.error(_as_options(str(error)))
+    print(f"\n{report}")
+    if args.json is not None:
+        args.json.write_text(f"{report.to_json()}\n", encoding="utf-8")
+    if args.figure is not None:
+        report.plot().figure.savefig(args.figure, dpi=150)
+    return 0
+
+
+_ATTACKS: dict[str, type[attacks.Attack]] = {
+    "fgsm": attacks.FGSM,
+    "bim": attacks.BIM,
+    "pgd": attacks.PGD,
+    "apgd": attacks.APGD,
+    "square": attacks.Square,
+    "noise": attacks.RandomNoise,
+    "autoattack": attacks.AutoAttack,
+}
+
+
+def _attack(
+    name: str, epsilon: float, norm: NormType, args: argparse.Namespace
+) -> attacks.Attack:
+    """Makes an attack, with those options that it has."""
+    cls = _ATTACKS[name]
+    fields = {field.name for field in dataclasses.fields(cls)}
+    chosen = {name: getattr(args, name) for name in ("iterations", "restarts")}
+    low, high = args.pixel_range
+    return cls(
+        epsilon,
+        norm=norm,
+        clip_value_min=low,
+        clip_value_max=high,
+        seed=args.seed,
+        **{key: value for key, value in chosen.items() if value and key in fields},
+    )
+
+
+def _load(path: Path) -> keras.Model:
+    """Loads a saved model."""
+    if not path.exists():
+        raise FileNotFoundError(f"There is no file {str(path)!r}")
+    try:
+        return keras.models.load_model(path)
+    # What a damaged or foreign file raises depends on what is wrong with it.
+    except Exception as error:
+        raise ValueError(
+            f"{str(path)!r} is no model that Keras can load: {error}"
+        ) from error
 
 
 def _as_options(message: str) -> str:

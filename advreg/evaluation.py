@@ -88,11 +88,11 @@ def evaluate_robustness(
     if verbose not in ("auto", 0, 1, 2):
         raise ValueError(f"`verbose` must be 'auto', 0, 1 or 2. Received: {verbose!r}")
     began = time.perf_counter()
-    chosen = _at_radii(_listed(attacks), epsilons)
-    names = _names(chosen)
+    listed = _listed(attacks)
     trials = [
-        Trial(attack, model, name, batch_size, from_logits)
-        for attack, name in zip(chosen, names, strict=True)
+        Trial(at_radius, model, name, batch_size, from_logits)
+        for attack, name in zip(listed, _names(listed), strict=True)
+        for at_radius in _at_radii(attack, epsilons)
     ]
     survey = Survey(Victim(model, from_logits), trials)
     checks: tuple[Check, ...] = ()
@@ -281,23 +281,17 @@ def _listed(attacks: Any) -> list[Any]:
     return found
 
 
-def _at_radii(attacks: list[Any], epsilons: Any) -> list[Any]:
-    """Sets every attack that has a radius to each of the radii."""
+def _at_radii(attack: Any, epsilons: Any) -> list[Any]:
+    """Sets an attack that has a radius to each of the radii."""
     if epsilons is None:
-        return attacks
+        return [attack]
     radii = [epsilons] if is_number(epsilons) else list(epsilons)
     if not radii:
         raise ValueError("`epsilons` must hold one radius at least. Received: none")
     radii = sorted({length("epsilons", radius) for radius in radii})
-    chosen = []
-    for attack in attacks:
-        if getattr(attack, "epsilon", None) is None or not hasattr(
-            attack, "with_epsilon"
-        ):
-            chosen.append(attack)
-        else:
-            chosen += [attack.with_epsilon(radius) for radius in radii]
-    return chosen
+    if getattr(attack, "epsilon", None) is None or not hasattr(attack, "with_epsilon"):
+        return [attack]
+    return [attack.with_epsilon(radius) for radius in radii]
 
 
 def _names(attacks: Sequence[Any]) -> list[str]:
@@ -318,7 +312,7 @@ def _names(attacks: Sequence[Any]) -> list[str]:
 
 def _settings_but_radius(attack: Any) -> str:
     if not isinstance(attack, Attack):
-        return "" if hasattr(attack, "with_epsilon") else repr(attack)
+        return repr(attack)
     settings = {
         field.name: repr(getattr(attack, field.name))
         for field in dataclasses.fields(attack)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -9,14 +10,15 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from advreg._extras import import_extra
+from advreg.report import SYMBOLS, Accuracy, RobustnessReport
 
 RIGHT = "green"
 WRONG = "red"
 
 Classes: TypeAlias = Sequence[int] | np.ndarray
-_Figure: TypeAlias = (
-    Any  # Matplotlib is an extra, and the annotations must not need it.
-)
+# Matplotlib is an extra, and the annotations must not need it.
+_Figure: TypeAlias = Any
+_Axes: TypeAlias = Any
 
 
 def figure_class() -> type:
@@ -96,6 +98,92 @@ def perturbation_grid(
         _write(figure.suptitle, title, 11)
     _write(figure.supxlabel, _legend(list(predictions)), 9)
     return figure
+
+
+def robustness_curves(
+    reports: RobustnessReport | Mapping[str, RobustnessReport],
+    ax: _Axes | None = None,
+) -> _Axes:
+    """Draws accuracy against radius, with its 95 % confidence interval.
+
+    Of one report each attack is a line, and the worst case over all attacks another.
+    Of several, each report is a line: its worst case. Every norm has a line of its own.
+
+    Args:
+        reports: A `RobustnessReport`, or several by the names that the legend gives
+            them.
+        ax: Matplotlib axes to draw into, by default those of a new figure.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ImportError: The extra `demo` is not installed.
+        ValueError: No report holds an attack with a radius.
+
+    Example:
+    >>> ax = robustness_curves({"plain": plain_report, "regularised": robust_report})
+    >>> ax.figure.savefig("robustness.png")
+    """
+    curves = _curves(reports)
+    if ax is None:
+        ax = figure_class()(figsize=(6.4, 4.4), layout="constrained").subplots()
+    for (name, points), marker in zip(
+        curves.items(), itertools.cycle("osD^vP*X"), strict=False
+    ):
+        radii = [radius for radius, _ in points]
+        low, high = zip(*(accuracy.interval for _, accuracy in points), strict=True)
+        (line,) = ax.plot(
+            radii,
+            [100 * accuracy.accuracy for _, accuracy in points],
+            marker=marker,
+            linestyle="--" if name.startswith("worst case") else "-",
+            label=name,
+        )
+        ax.fill_between(
+            radii,
+            [100 * bound for bound in low],
+            [100 * bound for bound in high],
+            color=line.get_color(),
+            alpha=0.15,
+            linewidth=0,
+        )
+    ax.set_xlabel("radius ε of the perturbation, in units of the input")
+    ax.set_ylabel("accuracy in %")
+    ax.set_ylim(-2, 102)
+    ax.set_xlim(left=0)
+    ax.grid(alpha=0.3)
+    ax.legend()
+    return ax
+
+
+def _curves(
+    reports: RobustnessReport | Mapping[str, RobustnessReport],
+) -> dict[str, list[tuple[float, Accuracy]]]:
+    """Gathers the lines of a figure: radii and accuracies, the clean one at 0."""
+    if isinstance(reports, Mapping):
+        many = [
+            (report.clean, name, line)
+            for name, report in reports.items()
+            for line in report.worst_cases
+        ]
+    else:
+        worst = reports.worst_cases if len(reports.results) > 1 else ()
+        many = [(reports.clean, line.name, line) for line in (*reports.results, *worst)]
+    curves: dict[str, dict[float, Accuracy]] = {}
+    for clean, name, line in many:
+        if line.norm is not None and line.epsilon is not None:
+            curve = curves.setdefault(f"{name}, {SYMBOLS[line.norm]}", {0.0: clean})
+            curve[line.epsilon] = line
+    if not curves:
+        raise ValueError(
+            "`reports` must hold an attack with a radius: there is nothing to draw. "
+            f"Received: {reports!r}"
+        )
+    return {
+        name: sorted(curve.items(), key=lambda point: point[0])
+        for name, curve in curves.items()
+    }
 
 
 def _check_images(clean: np.ndarray, perturbed: np.ndarray) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import html
 import json
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from advreg.tables import html_table, text_table
 
 _Z95 = 1.959963984540054  # The normal law holds 95 % between -z and z.
 _VERSION = 1
+
+SYMBOLS = {"l1": "L1", "l2": "L2", "infinity": "L∞"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,14 +133,14 @@ class RobustnessReport:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Why these accuracies may be too high, and what to do; empty if all is well."""
+        """Why these accuracies may be too high, and what to do about it."""
         return tuple(check.message for check in self.checks if check.passed is False)
 
     def __str__(self) -> str:
         lines = [self._title(), "", text_table(_HEAD, self._rows()), ""]
-        lines.append(f"Threat model: {self.threat_model}")
+        lines.append(_wrap(f"Threat model: {self.threat_model}"))
         lines.append(self._verdict())
-        lines += [f"  ! {message}" for message in self.warnings]
+        lines += [_wrap(f"  ! {message}") for message in self.warnings]
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -222,7 +225,20 @@ class RobustnessReport:
         return "These accuracies may be too high:"
 
 
-_HEAD = ["attack", "norm", "ε", "accuracy", "95 % interval", "median L2", "L∞", "time"]
+_HEAD = [
+    "attack",
+    "norm",
+    "ε",
+    "accuracy",
+    "95 % interval",
+    "median L2",
+    "median L∞",
+    "time",
+]
+
+
+def _wrap(text: str) -> str:
+    return textwrap.fill(text, 88, subsequent_indent="    ")
 
 
 def _row(line: Accuracy) -> list[str]:
@@ -233,7 +249,7 @@ def _row(line: Accuracy) -> list[str]:
 
     return [
         line.name,
-        line.norm or "",
+        SYMBOLS.get(line.norm or "", ""),
         number(line.epsilon, ".4g"),
         f"{100 * line.accuracy:.2f} %",
         f"{low:.2f}–{high:.2f} %",
@@ -262,9 +278,8 @@ def in_words(
         other: Names of the other attacks.
         unbounded: Names of attacks without a radius.
     """
-    names = {"l1": "L1", "l2": "L2", "infinity": "L∞"}
     balls = " or ".join(
-        f"up to {radius:.4g} in the {names[norm]} norm"
+        f"up to {radius:.4g} in the {SYMBOLS[norm]} norm"
         for norm, radius in radii.items()
     )
     text = f"An input may move {balls or 'any distance'}, "

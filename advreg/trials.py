@@ -71,7 +71,6 @@ class Trial:
         self.attack, self.name = attack, name
         self.status = Marks()
         self.seconds = 0.0
-        self.lengths: list[tuple[np.ndarray, np.ndarray]] = []
         self.stands = self.fooled = self.left_ball = self.left_range = 0
         self.fallen: list[tuple[np.ndarray, dict[NormType, np.ndarray]]] = []
         rounds: list[Round] | None = None
@@ -138,12 +137,11 @@ class Trial:
 
     def result(self, examples: int, correct: int) -> Accuracy:
         """Makes a line of the report."""
-        l2, linf = (
-            float(np.median(np.concatenate(column))) if column else None
-            for column in (
-                zip(*self.lengths, strict=True) if self.lengths else ([], [])
-            )
-        )
+
+        def median(norm: NormType) -> float | None:
+            lengths = [lengths[norm] for _, lengths in self.fallen]
+            return float(np.median(np.concatenate(lengths))) if lengths else None
+
         return Accuracy(
             name=self.name,
             correct=correct,
@@ -152,8 +150,8 @@ class Trial:
             norm=None if self.norm is None else self.norm.value,
             seconds=self.seconds,
             settings=repr(self.attack),
-            median_l2=l2,
-            median_linf=linf,
+            median_l2=median(NormType.L2),
+            median_linf=median(NormType.INFINITY),
         )
 
     def _note(self, rows: Rows, outcome: Outcome) -> None:
@@ -176,7 +174,6 @@ class Trial:
         fooled = outcome.fooled
         if fooled.any():
             lengths = {norm: length[fooled] for norm, length in lengths.items()}
-            self.lengths.append((lengths[NormType.L2], lengths[NormType.INFINITY]))
             self.fallen.append((index[fooled], lengths))
 
     def fallen_within(self, norm: NormType, epsilon: float) -> Iterator[np.ndarray]:
@@ -194,9 +191,8 @@ class _Foreign:
         own = getattr(attack, "from_logits", None)
         self._attack, self._model = attack, model
         self._victim = Victim(model, from_logits if own is None else own)
-        low, high = (
-            getattr(attack, f"clip_value_{end}", None) for end in ("min", "max")
-        )
+        low = getattr(attack, "clip_value_min", None)
+        high = getattr(attack, "clip_value_max", None)
         self._threat = Threat(0.0, NormType.INFINITY, None, low, high)
         self._scene = Scene(self._victim, self._threat, classify=True)
         self._options = {}

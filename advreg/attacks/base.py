@@ -100,6 +100,11 @@ class Attack:
             changes["step_size"] = step_size * epsilon / self.epsilon
         return dataclasses.replace(self, **changes)
 
+    def surroundings(self) -> dict[str, Any]:
+        """Returns the arguments that say what the attack may do, and to what."""
+        names = ("epsilon", "norm", "feature_mask", "clip_value_min", "clip_value_max")
+        return {name: getattr(self, name) for name in (*names, "from_logits", "seed")}
+
     def rounds(self, scene: Scene) -> Sequence[Round]:
         """The rounds that it consists of, against this model."""
         raise NotImplementedError
@@ -153,9 +158,8 @@ class Attack:
             return
         loss = getattr(self, "loss", None)
         classes = scene.victim.output_form(features).classes
-        if loss is not None and classes < (
-            least := classes_needed(loss, self.targeted)
-        ):
+        least = 2 if loss is None else classes_needed(loss, self.targeted)
+        if classes < least:
             raise ValueError(
                 f"`loss={loss!r}` needs {least} classes at least: use `loss='margin'`. "
                 f"Received: a model of {classes} classes"
@@ -298,9 +302,10 @@ def check_range(scene: Scene, features: Features) -> None:
     outside = (x < low - slack) | (x > high + slack)
     if outside.any():
         raise ValueError(
-            f"`x` must lie in the clip range, from {_span(low)} to {_span(high)}. Received: "
-            f"values from {np.nanmin(x):.6g} to {np.nanmax(x):.6g}. Scale the data, or "
-            "set `clip_value_min` and `clip_value_max` to its own range"
+            "`x` must lie in the clip range: scale it, or set `clip_value_min` and "
+            f"`clip_value_max` to the range of the data. Received: x from "
+            f"{np.nanmin(x):.6g} to {np.nanmax(x):.6g}, and a clip range from "
+            f"{_span(low)} to {_span(high)}"
         )
     norm = scene.threat.norm
     order = {NormType.L1: 1, NormType.L2: 2, NormType.INFINITY: np.inf}
