@@ -161,6 +161,7 @@ class ART:
     def __init__(
         self,
         attack: Any,
+        /,
         *,
         clip_value_min: Constraint = None,
         clip_value_max: Constraint = None,
@@ -360,28 +361,27 @@ class ART:
         return np.argmax(scores, axis=1)
 
     def _make(self, bridge: _Bridge, clip_values: Any) -> Any:
-        """Makes ART's attack on a model."""
-        wants = self._class.__name__ in _WANT_PROBABILITIES
-        classifier = bridge.classifier(wants, clip_values)
-        kwargs = {
-            name: tree.map_structure(
-                lambda part: (
-                    part._make(bridge, clip_values) if isinstance(part, ART) else part
-                ),
-                value,
-            )
-            if _holds_attacks(value)
-            else value
-            for name, value in self._kwargs.items()
-        }
+        """Makes ART's attack on a model, and the attacks that it is made of."""
+        name = self._class.__name__
+        classifier = bridge.classifier(name in _WANT_PROBABILITIES, clip_values)
+        if self._value("decay") is not None:
+            # ART's variant for TensorFlow has no momentum; the one for NumPy has. This
+            # is what ART chooses by.
+            classifier.all_framework_preprocessing = False
+
+        def made(value: Any) -> Any:
+            if isinstance(value, (list, tuple)):
+                return type(value)(map(made, value))
+            return value._make(bridge, clip_values) if isinstance(value, ART) else value
+
+        kwargs = {key: made(value) for key, value in self._kwargs.items()}
         if "targeted" in self._defaults:
             kwargs.setdefault("targeted", False)
         else:
             kwargs.pop("targeted", None)
         if "verbose" in self._defaults:
             kwargs.setdefault("verbose", False)
-        own = self._class.__name__ in _OWN_BATCH_SIZE
-        if "batch_size" in self._defaults and not own:
+        if "batch_size" in self._defaults and name not in _OWN_BATCH_SIZE:
             kwargs.setdefault("batch_size", bridge.batch_size)
         return self._class(classifier, **kwargs)
 
@@ -393,17 +393,17 @@ class ART:
         try:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(warnings.catch_warnings())
-                warnings.filterwarnings("ignore", module=r"art\.")
+                warnings.filterwarnings("ignore", module=r"(art|cma)\b")
                 if not self._kwargs.get("verbose"):
                     # Attacks inside of attacks have progress bars of their own.
                     stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+                    stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
                     logger.setLevel(logging.ERROR)
-                if self._class.__name__ == "AutoAttack":
-                    import_extra("multiprocess", _EXTRA)
+                self._import_missing()
                 if self._class.__name__ == "GeoDA":
                     stack.enter_context(_geoda_mended())
                 yield
-        except (MemoryError, tf.errors.OpError, _RefusedError):
+        except (ImportError, MemoryError, tf.errors.OpError, _RefusedError):
             raise
         except Exception as error:
             raise ValueError(
@@ -413,6 +413,15 @@ class ART:
             ) from error
         finally:
             logger.setLevel(level)
+
+    def _import_missing(self) -> None:
+        """Imports what ART needs and does not bring along, to say what brings it."""
+        name = self._class.__name__
+        if name == "AutoAttack":
+            import_extra("multiprocess", _EXTRA)
+        if name in ("PixelAttack", "ThresholdAttack") and self._value("es") == 0:
+            warnings.filterwarnings("ignore", "Could not import matplotlib")
+            import_extra("cma", _EXTRA)
 
     def _checked(self, moved: Any, x: np.ndarray) -> np.ndarray:
         """Checks that ART gave a neighbour for each example."""
@@ -561,6 +570,7 @@ class _Bridge:
         self.x = np.array(tree.flatten(features)[0])
         flag = movable(features, None, victim.base)[0]
         self.movable = True if flag is None else flag.numpy()
+        self._classifiers: dict[bool, Any] = {}
 
     @property
     def classes(self) -> int:
@@ -590,6 +600,8 @@ class _Bridge:
             probabilities: Whether it gives probabilities, or logits.
             clip_values: Smallest and largest value of an input, or `None`.
         """
+        if probabilities in self._classifiers:  # Attacks made of attacks share it.
+            return self._classifiers[probabilities]
         compiled = self._compiled(probabilities)
         slope = self._slope(probabilities)
         dtype = self.x.dtype
@@ -600,7 +612,7 @@ class _Bridge:
         def model(x: Any, training: bool = False) -> Tensor:
             return compiled(packed(x))  # In inference mode, whatever ART says.
 
-        return _estimator_class()(
+        classifier = self._classifiers[probabilities] = _estimator_class()(
             slope=lambda x, columns: slope(packed(x), columns),
             rows=self.batch_size,
             model=model,
@@ -614,6 +626,7 @@ class _Bridge:
             channels_first=False,
             preprocessing=None,
         )
+        return classifier
 
     def _compiled(self, probabilities: bool) -> Callable[..., Tensor]:
         return self._victim.compile(
@@ -750,11 +763,6 @@ def _plain(value: Any) -> Any:
 def _close(name: str, names: Any) -> str:
     found = difflib.get_close_matches(name, list(names), 1)
     return f" Did you mean {found[0]!r}?" if found else ""
-
-
-def _holds_attacks(value: Any) -> bool:
-    parts = value if isinstance(value, (list, tuple)) else [value]
-    return any(isinstance(part, ART) for part in parts)
 
 
 def _check_input(victim: Victim, features: Features) -> None:
