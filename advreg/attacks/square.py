@@ -350,7 +350,7 @@ def _tiles(
     edge = canvas.height if canvas.width == 1 else min(canvas.height, canvas.width)
     side = max(edge // 5, min(edge, 3))
     size = (tf.constant(side), tf.constant(1 if canvas.width == 1 else side))
-    line, column = np.arange(canvas.height), np.arange(canvas.width)
+    line, column = (np.arange(length, dtype="int32") for length in canvas[:2])
     bump = _bump(
         tf.constant(line[None] % side),
         tf.constant(column[None] % side),
