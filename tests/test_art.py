@@ -522,7 +522,7 @@ def test_with_epsilon_of_zero_moves_nothing(model, right):
 
 
 def test_with_epsilon_refuses():
-    with pytest.raises(ValueError, match="has no radius `eps`.*Received: epsilon=0.1"):
+    with pytest.raises(ValueError, match=r"has no radius `eps`.*Received: epsilon=0.1"):
         ART("DeepFool").with_epsilon(0.1)
     with pytest.raises(ValueError, match="`epsilon` must be finite and not negative"):
         ART("FastGradientMethod").with_epsilon(-1.0)
