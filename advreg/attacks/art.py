@@ -443,7 +443,6 @@ class ART:
         check_range(
             Scene(victim, Threat(radius, norm, None, low, high), True),
             features,
-            "the clip range",
         )
         return _one_for_all("clip_value_min", low, features), _one_for_all(
             "clip_value_max", high, features
