@@ -10,7 +10,7 @@ import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ import keras
 import numpy as np
 from keras import layers
 
-from advreg import datasets, plots
+from advreg import attacks, datasets, plots
 from advreg.config import AdvRegConfig, NormType, make_adv_reg_config
 from advreg.model import AdversarialRegularization
+from advreg.tables import text_table
 
 PLAIN = "plain"
 REGULARISED = "regularised"
@@ -280,12 +281,11 @@ def run(
     say(f"Attacking both on {len(data.x_test):,} test images\n")
     networks = {PLAIN: plain, REGULARISED: regularised.base_model}
     seconds = {PLAIN: plain_seconds, REGULARISED: regularised_seconds}
-    radius = settings.radius
-    attackers = {
-        name: make_attacker(network, settings) for name, network in networks.items()
-    }
-    on_plain = fgsm(attackers[PLAIN], data.x_test, data.y_test, radius)
-    results = _measure(networks, data, on_plain, attackers, radius, seconds)
+    fgsm, _ = _attacks(settings)
+    on_plain = fgsm(
+        plain, data.x_test, data.y_test, batch_size=_ATTACK_BATCH, early_stop=False
+    )
+    results = _measure(networks, data, on_plain, settings, seconds)
 
     directory = Path(settings.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
@@ -300,75 +300,6 @@ def run(
     text = json.dumps(result.to_dict(), indent=2)
     (directory / "results.json").write_text(f"{text}\n", encoding="utf-8")
     return result
-
-
-def make_attacker(
-    network: keras.Model, settings: DemoSettings
-) -> AdversarialRegularization:
-    """Wraps a network, whichever way it was trained, to perturb images against it.
-
-    Args:
-        network: A network whose outputs are logits.
-        settings: The `DemoSettings`, for the norm, the range and the seed.
-
-    Returns:
-        A compiled `AdversarialRegularization`, for `fgsm` and `pgd`.
-    """
-    # The wrapper draws the seed of its random starts from here.
-    keras.utils.set_random_seed(settings.seed)
-    attacker = AdversarialRegularization(network, settings.adv_config())
-    attacker.compile(loss=_loss())
-    return attacker
-
-
-def fgsm(
-    attacker: AdversarialRegularization, x: np.ndarray, y: np.ndarray, radius: float
-) -> np.ndarray:
-    """Perturbs images by one step of the radius, up the gradient of the loss.
-
-    Args:
-        attacker: What `make_attacker` returned.
-        x: Images in [0, 1].
-        y: Their true labels.
-        radius: Length of the step.
-
-    Returns:
-        The perturbed images.
-    """
-    return _attack(
-        attacker,
-        x,
-        y,
-        adv_step_size=radius,
-        pgd_iterations=1,
-        pgd_epsilon=None,
-        random_init=False,
-    )
-
-
-def pgd(
-    attacker: AdversarialRegularization, x: np.ndarray, y: np.ndarray, radius: float
-) -> np.ndarray:
-    """Perturbs images by many small steps from a random start in the ball.
-
-    Args:
-        attacker: What `make_attacker` returned.
-        x: Images in [0, 1].
-        y: Their true labels.
-        radius: Radius of the ball.
-
-    Returns:
-        The perturbed images.
-    """
-    return _attack(
-        attacker,
-        x,
-        y,
-        adv_step_size=2.5 * radius / _PGD_ITERATIONS,
-        pgd_iterations=_PGD_ITERATIONS,
-        pgd_epsilon=radius,
-        random_init=True,
-    )
 
 
 def format_table(networks: Mapping[str, NetworkResult]) -> str:
@@ -397,22 +328,7 @@ def format_table(networks: Mapping[str, NetworkResult]) -> str:
         ]
         for name, result in networks.items()
     ]
-    widths = [
-        max(len(cell) for cell in column) for column in zip(head, *rows, strict=True)
-    ]
-    lines = [head, ["-" * width for width in widths], *rows]
-    return "\n".join(
-        "  ".join(
-            [
-                line[0].ljust(widths[0]),
-                *(
-                    cell.rjust(width)
-                    for cell, width in zip(line[1:], widths[1:], strict=True)
-                ),
-            ]
-        )
-        for line in lines
-    )
+    return text_table(head, rows)
 
 
 def format_notes(result: DemoResult) -> str:
@@ -516,46 +432,41 @@ class _Stopwatch(keras.callbacks.Callback):
         return statistics.median(self.seconds[1:] or self.seconds)
 
 
-def _attack(
-    attacker: AdversarialRegularization,
-    x: np.ndarray,
-    y: np.ndarray,
-    **overrides: Any,
-) -> np.ndarray:
-    return np.concatenate(
-        [
-            attacker.perturb_on_batch(x[batch], y[batch], **overrides)
-            for batch in _batches(len(x))
-        ]
-    )
-
-
-def _batches(count: int) -> Iterator[slice]:
-    for start in range(0, count, _ATTACK_BATCH):
-        yield slice(start, start + _ATTACK_BATCH)
+def _attacks(settings: DemoSettings) -> tuple[attacks.FGSM, attacks.PGD]:
+    """The attacks of the demo, on the radius that the network was trained with."""
+    what: dict[str, Any] = {
+        "epsilon": settings.radius,
+        "norm": settings.adv_grad_norm,
+        "clip_value_min": 0.0,
+        "clip_value_max": 1.0,
+        "seed": settings.seed,
+    }
+    return attacks.FGSM(**what), attacks.PGD(iterations=_PGD_ITERATIONS, **what)
 
 
 def _measure(
     networks: Mapping[str, keras.Model],
     data: datasets.ImageDataset,
     on_plain: np.ndarray,
-    attackers: Mapping[str, AdversarialRegularization],
-    radius: float,
+    settings: DemoSettings,
     seconds: Mapping[str, float],
 ) -> dict[str, NetworkResult]:
     x, y = data.x_test, data.y_test
-
-    def accuracy(name: str, x: np.ndarray) -> float:
-        return float(np.mean(_predict(networks[name], x) == y))
-
     results = {}
-    for name, attacker in attackers.items():
-        own = on_plain if name == PLAIN else fgsm(attacker, x, y, radius)
+    for name, network in networks.items():
+
+        def accuracy(x: np.ndarray, network: keras.Model = network) -> float:
+            return float(np.mean(_predict(network, x) == y))
+
+        fgsm, pgd = (
+            accuracy(attack(network, x, y, batch_size=_ATTACK_BATCH))
+            for attack in _attacks(settings)
+        )
         results[name] = NetworkResult(
-            clean=accuracy(name, x),
-            fgsm_on_plain=accuracy(name, on_plain),
-            fgsm=accuracy(name, own),
-            pgd=accuracy(name, pgd(attacker, x, y, radius)),
+            clean=accuracy(x),
+            fgsm_on_plain=accuracy(on_plain),
+            fgsm=fgsm,
+            pgd=pgd,
             seconds_per_epoch=seconds[name],
         )
     return results

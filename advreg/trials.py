@@ -185,6 +185,8 @@ class Trial:
 class _Foreign:
     """Calls an attack of which nothing is known but that it can be called."""
 
+    early_stop = True
+
     def __init__(
         self, attack: Any, model: keras.Model, from_logits: bool | None, batch_size: int
     ) -> None:

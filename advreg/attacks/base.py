@@ -166,7 +166,13 @@ class Attack:
             )
 
     def __call__(
-        self, model: keras.Model, x: Any, y: Any = None, *, batch_size: int = 32
+        self,
+        model: keras.Model,
+        x: Any,
+        y: Any = None,
+        *,
+        batch_size: int = 32,
+        early_stop: bool = True,
     ) -> Any:
         """Returns the adversarial neighbours of examples.
 
@@ -182,6 +188,10 @@ class Attack:
                 shape `[n]` or `[n, 1]`, or one-hot rows. For a model of regression the
                 values that it was to predict.
             batch_size: Number of examples that go through the model at once.
+            early_stop: Whether examples that are fooled are left alone, which is
+                faster. With `False` every step is taken, and examples go as far beyond
+                the boundary as they get: use it for examples that other models are to
+                be trained or tried with.
 
         Returns:
             The perturbed features as NumPy arrays, in the structure and dtypes of `x`
@@ -192,7 +202,8 @@ class Attack:
             ValueError: The model gives no class scores, labels or features do not fit
                 it, or features lie outside the clip range.
         """
-        scene = self.scene(model)
+        early_stop = flag("early_stop", early_stop)
+        scene = dataclasses.replace(self.scene(model), early_stop=early_stop)
         count("batch_size", batch_size)
         features, y = scene.victim.unpack((x, y))
         given, total = x, size(features)

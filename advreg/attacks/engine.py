@@ -150,11 +150,14 @@ class Scene:
         threat: What the attacker may do.
         classify: Whether the model tells classes apart; otherwise nothing is ever
             fooled, and the loss is what counts.
+        early_stop: Whether examples that are fooled are left alone, or all rounds and
+            looks go on, to end as far beyond the boundary as they get.
     """
 
     victim: Victim
     threat: Threat
     classify: bool
+    early_stop: bool = True
 
     def ball(self, rows: Rows) -> Ball:
         """The ball around the features of a batch."""
@@ -209,7 +212,7 @@ class Scene:
         for index in range(round_.looks):
             numbers["index"] = tf.constant(index, tf.int32)
             fooled, moved = advance(state, numbers)
-            if self.classify:
+            if self.classify and self.early_stop:
                 fooled = fooled.numpy()[standing]
                 if fooled.any():
                     self._freeze(outcome, state, place, standing, fooled)
@@ -368,8 +371,9 @@ class Cascade:
         outcome = self._scene.play(self._rounds[stage], played, self._seed)
         if before is not None:
             outcome = _better(outcome, before)
-        last = stage + 1 == len(self._rounds)
-        ended = np.full(size(rows), True) if last else outcome.fooled
+        ended = outcome.fooled & self._scene.early_stop
+        if stage + 1 == len(self._rounds):
+            ended[:] = True
         self._emit(rows, outcome, np.flatnonzero(ended))
         on = np.flatnonzero(~ended)
         if len(on):
@@ -404,9 +408,9 @@ def _take(outcome: Outcome | None, places: np.ndarray) -> Outcome | None:
 
 def _better(outcome: Outcome, before: Outcome) -> Outcome:
     """The better end of each row, of two rounds."""
-    kept = ~outcome.fooled & (before.closeness > outcome.closeness)
+    kept = before.closeness > outcome.closeness
     return Outcome(
-        outcome.fooled,
+        outcome.fooled | before.fooled,
         np.where(kept[:, None], before.displacement, outcome.displacement),
         np.where(kept, before.closeness, outcome.closeness),
     )

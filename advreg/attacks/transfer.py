@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 
+from advreg.attacks.base import Attack
 from advreg.attacks.victim import Victim
 from advreg.checks import Constraint, show
 from advreg.config import NormType
@@ -119,4 +120,8 @@ class Transfer:
             ValueError: What `attack` raises.
         """
         features, y = Victim(model).unpack((x, y))
-        return self.attack(self.source_model, features, y, batch_size=batch_size)
+        options: dict[str, Any] = {"batch_size": batch_size}
+        if isinstance(self.attack, Attack):
+            # What has barely fooled its own model seldom fools another.
+            options["early_stop"] = False
+        return self.attack(self.source_model, features, y, **options)
