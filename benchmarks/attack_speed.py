@@ -38,7 +38,8 @@ SETTINGS = (
 )
 HEAD = (
     f"{'attack':10} {'epsilon':>7} {'batch':>5} {'peer':8} {'advreg s':>8} "
-    f"{'peer s':>7} {'advreg acc':>10} {'peer acc':>8} {'advreg/peer':>11} {'range':>11}"
+    f"{'peer s':>7} {'advreg acc':>10} {'peer acc':>8} {'advreg/peer':>11} "
+    f"{'range':>11}"
 )
 
 
