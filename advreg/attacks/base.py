@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import keras
@@ -24,6 +24,7 @@ from advreg.checks import (
     flag,
     is_number,
     length,
+    show,
 )
 from advreg.config import NormType
 from advreg.packing import Features
@@ -138,6 +139,8 @@ class Attack:
         rows: Rows = {"features": features}
         if scene.classify:
             rows["classes"] = scene.victim.classes(y, scene.victim.known_form)
+        else:
+            scene.victim.check_values(y, features)
         if self.wants_labels(scene):
             rows["labels"] = y
         return rows
@@ -147,12 +150,14 @@ class Attack:
         return not scene.classify or getattr(self, "loss", None) == "model"
 
     def check(self, scene: Scene, features: Features) -> None:
-        """Checks that a batch lies in the clip range, and that the loss is defined.
+        """Checks that a batch can move in the clip range, and the loss is defined.
 
         Raises:
-            ValueError: It does not, or it is not.
+            ValueError: It cannot, or it is not.
         """
-        if self.clip_value_min is not None or self.clip_value_max is not None:
+        if self.clip_value_min is None and self.clip_value_max is None:
+            scene.ball({"features": features})
+        else:
             check_range(scene, features)
         if not scene.classify:
             return
@@ -198,22 +203,23 @@ class Attack:
             (images of type uint8 as float32), labels left out.
 
         Raises:
-            TypeError: `model` is not a Keras 3 model.
+            TypeError: `model` is not a Keras 3 model, or `x` or `y` are no arrays.
             ValueError: The model gives no class scores, labels or features do not fit
                 it, or features lie outside the clip range.
         """
         early_stop = flag("early_stop", early_stop)
         scene = dataclasses.replace(self.scene(model), early_stop=early_stop)
         count("batch_size", batch_size)
+        if isinstance(x, (tf.data.Dataset, keras.utils.PyDataset, Iterator)):
+            raise TypeError(
+                "`x` must be an array, or a structure of arrays. Of data that comes in "
+                "batches attack one after another: `for x, y in data: attack(model, x, "
+                f"y)`. Received: {show(x)}"
+            )
         features, y = scene.victim.unpack((x, y))
         given, total = x, size(features)
         if total == 0:
             raise ValueError(f"`x` must hold examples. Received: {given!r}")
-        if size({"y": y}) != total:
-            raise ValueError(
-                "`x` and `y` must have the same number of examples. Received: "
-                f"{total} and {size({'y': y})}"
-            )
         found: list[tuple[np.ndarray, Features]] = []
 
         def done(rows: Rows, outcome: Outcome) -> None:
@@ -280,7 +286,7 @@ def check_norm(value: Any) -> NormType:
 
 def check_loss(value: Any) -> str | None:
     """Checks the name of a loss."""
-    if value is not None and value not in _LOSSES:
+    if value is not None and not (isinstance(value, str) and value in _LOSSES):
         raise ValueError(f"`loss` must be one of {list(_LOSSES)}. Received: {value!r}")
     return value
 

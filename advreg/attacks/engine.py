@@ -333,7 +333,8 @@ class Cascade:
         seed: keras.random.SeedGenerator,
         done: Callable[[Rows, Outcome], None],
     ) -> None:
-        self._scene, self._rounds, self._batch_size = scene, rounds, batch_size
+        self._scene, self._rounds = scene, rounds
+        self._batch_size = min(batch_size, scene.victim.fixed_batch or batch_size)
         self._seed, self._done = seed, done
         self._waiting: list[list[tuple[Rows, Outcome | None]]] = [[] for _ in rounds]
 

@@ -92,6 +92,7 @@ class Victim:
         self.form = form
         self._from_logits = from_logits
         self._output_form: OutputForm | None = None
+        self._output_shape: tuple[int | None, ...] | None = None
         self._twin: keras.Model | None = None
 
     @property
@@ -117,7 +118,8 @@ class Victim:
         """Takes a batch apart into features and labels, tensors of both.
 
         Raises:
-            ValueError: Labels are missing.
+            TypeError: A part is nothing that a tensor can be made of.
+            ValueError: Labels are missing, or a part is no batch like the others.
         """
         x, y, _ = self.form.unpack(data)
         if y is None:
@@ -127,17 +129,14 @@ class Victim:
                 f"Labels are missing: pass them as `y`. Received: x={describe(x)} and "
                 "y=None"
             )
-        for name, part in (("x", x), ("y", y)):
-            for leaf in tree.flatten(part):
-                if getattr(leaf, "shape", ()) == ():
-                    raise ValueError(
-                        f"`{name}` must be an array with a batch axis, or a structure "
-                        "of arrays; a list of numbers is a structure, so make it a "
-                        f"NumPy array. Received: {describe(part)}"
-                    )
-        return as_floats(tree.map_structure(to_tensor, x)), tree.map_structure(
-            to_tensor, y
-        )
+        x, y = _tensors("x", x), _tensors("y", y)
+        counts = {leaf.shape[0] for leaf in tree.flatten((x, y))}
+        if len(counts) > 1:
+            raise ValueError(
+                "`x` and `y` must have the same number of examples, in all their "
+                f"parts. Received: x={describe(x)} and y={describe(y)}"
+            )
+        return as_floats(x), y
 
     def outputs(self, features: Features) -> Tensor:
         """Runs the network in inference mode. It must have one output."""
@@ -168,7 +167,7 @@ class Victim:
             ValueError: They are no scores of classes, or not what `from_logits` says.
         """
         if self._output_form is None:
-            self._output_form = self._find_output_form(_first(features, 32))
+            self._output_form = self._find_output_form(self._sample(features))
         return self._output_form
 
     def classes(self, y: Any, form: OutputForm) -> Tensor:
@@ -183,19 +182,29 @@ class Victim:
         """
         leaves = tree.flatten(y)
         shape = leaves[0].shape if len(leaves) == 1 else None
-        if shape is not None and shape.rank == 2 and shape[1] == form.columns > 1:
-            return tf.argmax(leaves[0], axis=1, output_type=tf.int32)
+        one_hot = shape is not None and shape.rank == 2 and shape[1] == form.columns > 1
         rule = (
             f"`y` must hold classes from 0 to {form.classes - 1}, in the shape [batch] "
             "or [batch, 1]"
         ) + (f", or one-hot rows [batch, {form.columns}]" if form.columns > 1 else "")
         if shape is None or not (
-            shape.rank == 1 or (shape.rank == 2 and shape[1] == 1)
+            one_hot or shape.rank == 1 or (shape.rank == 2 and shape[1] == 1)
         ):
             raise ValueError(f"{rule}. Received: {describe(y)}")
         dtype = leaves[0].dtype
         if not (dtype.is_floating or dtype.is_integer or dtype.is_bool):
             raise ValueError(f"{rule}. Received: {describe(y)}")
+        if one_hot:
+            rows = leaves[0].numpy().astype("float64")
+            # Smoothed labels have their class too; a row of zeros or NaN has none.
+            largest = (rows == rows.max(axis=1, keepdims=True)).sum(axis=1)
+            if (largest != 1).any():
+                raise ValueError(
+                    f"{rule}, each with one largest value. Received: "
+                    f"{rows[largest != 1][0]} (and {int((largest != 1).sum()) - 1} "
+                    "more)"
+                )
+            return tf.constant(rows.argmax(axis=1).astype("int32"))
         numbers = tf.reshape(leaves[0], [-1]).numpy().astype("float64")
         wrong = (numbers != np.floor(numbers)) | (numbers < 0)
         wrong |= ~(numbers < form.classes)
@@ -210,7 +219,7 @@ class Victim:
         """The loss that the model was compiled with, of each example, `[batch]`.
 
         Raises:
-            ValueError: The model has no single compiled loss.
+            ValueError: The labels are none for it, or it gives no value for each.
         """
         losses = [loss for loss in tree.flatten(self.model.loss) if loss is not None]
         loss = keras.losses.get(losses[0])
@@ -219,14 +228,50 @@ class Victim:
             raise ValueError(
                 f"`y` must be one array of labels. Received: {describe(y)}"
             )
-        function = loss.call if isinstance(loss, keras.losses.Loss) else loss
-        values = _wide(tf.convert_to_tensor(function(labels[0], outputs)))
+        # As Keras does: labels in the type of the outputs, and for functions the rank.
+        outputs, target = _wide(outputs), labels[0]
+        if target.dtype.is_floating or target.dtype.is_integer or target.dtype.is_bool:
+            target = tf.cast(target, outputs.dtype)
+        if isinstance(loss, keras.losses.Loss):
+            function = loss.call
+        else:
+            function, target = loss, _of_rank(target, outputs)
+        try:
+            values = _wide(tf.convert_to_tensor(function(target, outputs)))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"`y` must hold labels as the compiled loss, {_loss_name(loss)}, takes "
+                f"them: {error} Received: {describe(y)}"
+            ) from error
         if not values.shape.rank:
             raise ValueError(
-                "The compiled loss must give a value for each example, which "
-                f"{_loss_name(loss)} does not: it returns a scalar."
+                "The compiled loss must give a value for each example. Received: "
+                f"{_loss_name(loss)}, which returns a scalar"
             )
         return tf.reduce_mean(values, axis=list(range(1, values.shape.rank)))
+
+    def check_values(self, y: Any, features: Features) -> None:
+        """Checks what a model of regression was to predict.
+
+        Raises:
+            ValueError: It has another shape than the outputs, or is not finite.
+        """
+        leaves = tree.flatten(y)
+        if self._output_shape is None:
+            self._output_shape = tuple(self.outputs(self._sample(features)).shape[1:])
+        shape = self._output_shape
+        fits = len(leaves) == 1 and _core(leaves[0].shape[1:]) == _core(shape)
+        if not fits or not (leaves[0].dtype.is_floating or leaves[0].dtype.is_integer):
+            raise ValueError(
+                f"`y` must hold numbers in the shape of the outputs, {[None, *shape]}, "
+                "for the model was compiled with a loss of regression. Received: "
+                f"{describe(y)}"
+            )
+        if not np.isfinite(leaves[0].numpy()).all():
+            raise ValueError(
+                "`y` must be finite. Received: "
+                f"{int((~np.isfinite(leaves[0].numpy())).sum())} values that are not"
+            )
 
     def check_compiled_loss(self) -> None:
         """Checks that the model was compiled with one loss.
@@ -267,6 +312,12 @@ class Victim:
             cache.functions[key] = (compiled, loss)
         return cache.functions[key][0]
 
+    def _sample(self, features: Features) -> Features:
+        """The first examples, in a batch of the size that the network takes."""
+        count = tree.flatten(features)[0].shape[0]
+        places = np.minimum(np.arange(self.fixed_batch or min(count, 32)), count - 1)
+        return tree.map_structure(lambda leaf: tf.gather(leaf, places), features)
+
     def _find_output_form(self, features: Features) -> OutputForm:
         outputs = self.outputs(features)
         shape = outputs.shape
@@ -278,6 +329,12 @@ class Victim:
                 f"{tuple(shape)} and type {outputs.dtype.name}"
             )
         values = tf.cast(outputs, "float32").numpy().reshape(-1, columns)
+        values = values[~np.isnan(values).any(axis=1)]
+        if not len(values):
+            raise ValueError(
+                "`model` must give numbers. Received: outputs that are NaN for all of "
+                f"the first {len(outputs)} examples"
+            )
         likely = bool(np.all((values >= 0) & (values <= 1)))
         if columns > 1:
             likely = likely and bool(np.all(np.abs(values.sum(axis=1) - 1) < 1e-2))
@@ -350,8 +407,42 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == tf.float64 else tf.cast(tensor, tf.float32)
 
 
-def _first(features: Features, count: int) -> Features:
-    return tree.map_structure(lambda leaf: leaf[:count], features)
+def _of_rank(labels: Tensor, outputs: Tensor) -> Tensor:
+    """Labels with or without a last axis of 1, as the outputs have it."""
+    if labels.shape.rank == outputs.shape.rank - 1 and outputs.shape[-1] == 1:
+        return labels[..., None]
+    if labels.shape.rank == outputs.shape.rank + 1 and labels.shape[-1] == 1:
+        return labels[..., 0]
+    return labels
+
+
+def _core(shape: Any) -> list:
+    """A shape without a last axis of 1."""
+    sizes = list(shape)
+    return sizes[:-1] if sizes[-1:] == [1] else sizes
+
+
+def _tensors(name: str, part: Any) -> Any:
+    """Makes tensors of a part of the data, checking that each is a batch."""
+    for leaf in tree.flatten(part):
+        if getattr(leaf, "shape", ()) == ():
+            raise ValueError(
+                f"`{name}` must be an array with a batch axis, or a structure of "
+                "arrays; a list of numbers is a structure, so make it a NumPy array. "
+                f"Received: {describe(part)}"
+            )
+        if isinstance(leaf, tf.SparseTensor):
+            raise ValueError(
+                f"`{name}` must not hold sparse tensors: `tf.sparse.to_dense` makes "
+                f"them dense. Received: {describe(part)}"
+            )
+    try:
+        return tree.map_structure(to_tensor, part)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"`{name}` must hold arrays that TensorFlow makes tensors of: {error} "
+            f"Received: {describe(part)}"
+        ) from error
 
 
 def _loss_name(loss: Any) -> str | None:
