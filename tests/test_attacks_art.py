@@ -141,9 +141,7 @@ def test_auto_attack_is_as_strong_as_art_s(case):
         batch_size=100,
         attacks=[
             AutoProjectedGradientDescent(loss_type="cross_entropy", **ascent),
-            AutoProjectedGradientDescent(
-                loss_type="difference_logits_ratio", **ascent
-            ),
+            AutoProjectedGradientDescent(loss_type="difference_logits_ratio", **ascent),
             SquareAttack(
                 estimator, eps=epsilon, max_iter=200, nb_restarts=1, verbose=False
             ),
