@@ -151,7 +151,7 @@ def test_each_step_is_that_of_the_paper(norm, loss):
         taken = [step[i, 0] for _, step in Recorded.trail[:-1]]
         np.testing.assert_allclose(taken, steps, rtol=1e-12)
         halvings += len(set(steps)) - 1
-    assert halvings > len(x)
+    assert halvings >= 5
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -66,7 +66,7 @@ class TestTheSearch:
 
     def test_changes_one_square_in_each_query(self):
         x = np.full((4, 16, 16, 2), 0.5, "float32")
-        moved = watch(Watched(), x, queries=40, p_init=0.3)[0][1:-1]
+        moved = watch(Watched(), x, queries=40)[0][1:-1]
         assert len(moved) == 40
         sides = set()
         for query, tried in enumerate(moved[1:], 1):
@@ -75,12 +75,12 @@ class TestTheSearch:
             for picture, example in zip(changed, tried, strict=True):
                 lines, columns = (np.flatnonzero(picture.any(axis=a)) for a in (1, 0))
                 assert len(lines)  # No query is lost.
-                # p = 0.3 · 2⁻ⁿ after 10, 50, 200 ... of 10,000 queries.
+                # p = 0.8 · 2⁻ⁿ after 10, 50, 200 ... of 10,000 queries.
                 halvings = np.sum(
                     query * 250
                     > np.array([10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000])
                 )
-                side = int(np.clip(np.round(16 * np.sqrt(0.3 / 2**halvings)), 1, 16))
+                side = int(np.clip(np.round(16 * np.sqrt(0.8 / 2**halvings)), 1, 16))
                 assert lines[-1] - lines[0] < side
                 assert columns[-1] - columns[0] < side
                 sides.add(side)
