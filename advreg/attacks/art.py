@@ -307,10 +307,13 @@ class ART:
 
     def __repr__(self) -> str:
         shown = [self._class.__name__]
-        shown += [f"{name}={value!r}" for name, value in self._kwargs.items()]
+        given = dict(self._kwargs)
         for name in ("clip_value_min", "clip_value_max", "from_logits"):
             if getattr(self, name) is not None:
-                shown.append(f"{name}={getattr(self, name)!r}")
+                given[name] = getattr(self, name)
+        for name, value in given.items():
+            array = isinstance(value, np.ndarray)
+            shown.append(f"{name}={describe(value) if array else repr(value)}")
         return f"ART({', '.join(shown)})"
 
     def _run(
@@ -660,6 +663,8 @@ def _scores(
 ) -> Tensor:
     """Logits or probabilities of each class, whatever the model itself gives."""
     scores = form.logits(victim.outputs(features))
+    if form.columns == 1:  # Each class has a score that moves, and so a gradient.
+        scores -= tf.reduce_mean(scores, axis=1, keepdims=True)
     scores = tf.nn.softmax(scores) if probabilities else scores
     return _connected(tf.cast(scores, "float32"), tree.flatten(features)[0])
 
