@@ -201,6 +201,35 @@ def test_radius_and_norm_hold(model, right, name, norm, order):
     assert orders[attack.norm] == order
 
 
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("ProjectedGradientDescent", {**PGD, "num_random_init": 1}),
+        ("CarliniL2Method", {"max_iter": 5, "binary_search_steps": 2}),
+        ("DeepFool", {"max_iter": 10}),
+        ("SquareAttack", {"eps": 0.2, "max_iter": 10}),
+    ],
+)
+def test_what_art_finds_by_itself_is_found(model, right, name, kwargs):
+    x, y = right
+    found = ART(name, **kwargs, **RANGE)
+    estimators = importlib.import_module("art.estimators.classification")
+    classifier = estimators.TensorFlowV2Classifier(
+        model=model,
+        nb_classes=10,
+        input_shape=(8, 8, 1),
+        loss_object=loss(),
+        clip_values=(0.0, 1.0),
+    )
+    attack = getattr(bridge._evasion(), name)(
+        classifier, batch_size=32, verbose=False, **kwargs
+    )
+    keras.utils.set_random_seed(0)
+    expected = attack.generate(x, y)
+    keras.utils.set_random_seed(0)
+    np.testing.assert_allclose(found(model, x, y), expected, atol=1e-4)
+
+
 def test_what_is_misclassified_already_stays(model, digits):
     x, y = some(model, digits, False, 4)
     assert len(x)
