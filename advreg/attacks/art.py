@@ -117,6 +117,10 @@ class ART:
     - An attack is run batch by batch, in memory that does not grow with the data.
       UniversalPerturbation, TargetedUniversalPerturbation and SpatialTransformation
       look for one change for all examples, and so see them all at once.
+    - What ART has switched off or left behind runs: momentum (MomentumIterativeMethod,
+      and `decay` of ProjectedGradientDescent) in ART's NumPy code, GeoDA with NumPy 2
+      and without files in the working directory. Gradients that are missing, as behind
+      a layer that rounds, are zero.
     - Progress bars appear only with `verbose=True`, where ART has it.
     - What leaves the clip range is brought back into it. What is not finite, and what
       is padding to a `Masking` layer, stays what it was.
@@ -129,8 +133,12 @@ class ART:
     SaliencyMapMethod, VirtualAdversarialMethod, Wasserstein, ShadowAttack,
     UniversalPerturbation, TargetedUniversalPerturbation, SpatialTransformation,
     SquareAttack, SimBA, ZooAttack, HopSkipJump, BoundaryAttack, SignOPTAttack, GeoDA,
-    PixelAttack, ThresholdAttack and LowProFool (on rows, with `importance` an array).
-    BrendelBethgeAttack needs the package numba.
+    PixelAttack, ThresholdAttack, FrameSaliencyAttack and LowProFool (on rows, with
+    `importance` an array). BrendelBethgeAttack needs the package numba. Wasserstein
+    wants a `regularization` that fits the scale of the gradient, CarliniLInfMethod and
+    ZooAttack need more than their default iterations, and SquareAttack in the L2 norm
+    images of 10×10 at least. LaserAttack, GRAPHITEBlackbox, MalwareGDTensorFlow and
+    SNAL have not been tried.
 
     Refused with the reason: attacks on models of other libraries (those for PyTorch,
     DecisionTreeAttack, HighConfidenceLowUncertainty) or for other tasks than
@@ -307,10 +315,13 @@ class ART:
 
     def __repr__(self) -> str:
         shown = [self._class.__name__]
-        shown += [f"{name}={value!r}" for name, value in self._kwargs.items()]
+        given = dict(self._kwargs)
         for name in ("clip_value_min", "clip_value_max", "from_logits"):
             if getattr(self, name) is not None:
-                shown.append(f"{name}={getattr(self, name)!r}")
+                given[name] = getattr(self, name)
+        for name, value in given.items():
+            array = isinstance(value, np.ndarray)
+            shown.append(f"{name}={describe(value) if array else repr(value)}")
         return f"ART({', '.join(shown)})"
 
     def _run(
@@ -408,8 +419,8 @@ class ART:
         except Exception as error:
             raise ValueError(
                 f"{self.name} does not run on this model and data. ART says: "
-                f"{type(error).__name__}: {error}. Received: {self!r}, and inputs of "
-                f"shape {bridge.x.shape} for {bridge.classes} classes"
+                f"{type(error).__name__}: {str(error).rstrip('. ')}. Received: {self!r}, "
+                f"and inputs of shape {bridge.x.shape} for {bridge.classes} classes"
             ) from error
         finally:
             logger.setLevel(level)
@@ -474,7 +485,8 @@ class ART:
                     f"{name}, which needs a "
                     f"{' or a '.join(cls.__name__ for cls in one_of)}"
                 )
-        if name in _NEED_RANGE and self.clip_value_min is None:
+        needs_range = name in _NEED_RANGE and not self._kwargs.get("attacks")
+        if needs_range and self.clip_value_min is None:
             raise ValueError(
                 f"{self.name} needs the range of the data: set `clip_value_min` and "
                 "`clip_value_max`. Received: None and None"
@@ -659,6 +671,8 @@ def _scores(
 ) -> Tensor:
     """Logits or probabilities of each class, whatever the model itself gives."""
     scores = form.logits(victim.outputs(features))
+    if form.columns == 1:  # Each class has a score that moves, and so a gradient.
+        scores -= tf.reduce_mean(scores, axis=1, keepdims=True)
     scores = tf.nn.softmax(scores) if probabilities else scores
     return _connected(tf.cast(scores, "float32"), tree.flatten(features)[0])
 
