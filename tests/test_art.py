@@ -334,6 +334,15 @@ def test_functional_subclassed_and_unbuilt_models():
         )
 
 
+def test_rows_with_known_importance():
+    x = rows(12, 6)
+    model = keras.Sequential([keras.Input((6,)), layers.Dense(3)])
+    y = predicted(model, x)
+    attack = ART("LowProFool", importance=np.ones(6) / 6, n_steps=50, eta=1.0)
+    assert accuracy(model, attack(model, x, y), y) < 0.3
+    refused(model, x, y, "No feature importance vector", name="LowProFool")
+
+
 @pytest.mark.parametrize("activation", [None, "sigmoid"])
 @pytest.mark.parametrize(
     "name", ["ProjectedGradientDescent", "DeepFool", "SaliencyMapMethod", "HopSkipJump"]

@@ -135,10 +135,9 @@ class ART:
     SquareAttack, SimBA, ZooAttack, HopSkipJump, BoundaryAttack, SignOPTAttack, GeoDA,
     PixelAttack, ThresholdAttack, FrameSaliencyAttack and LowProFool (on rows, with
     `importance` an array). BrendelBethgeAttack needs the package numba. Wasserstein
-    wants a `regularization` that fits the scale of the gradient, CarliniLInfMethod and
-    ZooAttack need more than their default iterations, and SquareAttack in the L2 norm
-    images of 10×10 at least. LaserAttack, GRAPHITEBlackbox, MalwareGDTensorFlow and
-    SNAL have not been tried.
+    wants a `regularization` that fits the scale of the gradient. CarliniLInfMethod and
+    ZooAttack find little with ART's defaults. LaserAttack, GRAPHITEBlackbox,
+    MalwareGDTensorFlow and SNAL have not been tried.
 
     Refused with the reason: attacks on models of other libraries (those for PyTorch,
     DecisionTreeAttack, HighConfidenceLowUncertainty) or for other tasks than
@@ -419,8 +418,9 @@ class ART:
         except Exception as error:
             raise ValueError(
                 f"{self.name} does not run on this model and data. ART says: "
-                f"{type(error).__name__}: {str(error).rstrip('. ')}. Received: {self!r}, "
-                f"and inputs of shape {bridge.x.shape} for {bridge.classes} classes"
+                f"{type(error).__name__}: {str(error).rstrip('. ')}. Received: "
+                f"{self!r}, and inputs of shape {bridge.x.shape} for {bridge.classes} "
+                "classes"
             ) from error
         finally:
             logger.setLevel(level)
