@@ -1,7 +1,6 @@
 """The Adversarial Robustness Toolbox judges how strong the attacks are."""
 
 import functools
-import warnings
 
 import keras
 import numpy as np
@@ -18,7 +17,7 @@ UNIT = {"clip_value_min": 0.0, "clip_value_max": 1.0}
 @pytest.fixture(params=["plain", "regularised"])
 def case(request, mnist_dir):
     """A network, and the radius at which it is attacked."""
-    pytest.importorskip("art")
+    pytest.importorskip("art")  # It keeps quiet what ART warns of while it is imported.
     plain, regularised = _networks()
     return {"plain": (plain, 0.1), "regularised": (regularised, 0.3)}[request.param]
 
@@ -69,11 +68,8 @@ def _accuracy(network, x, y):
 
 def _judge(network):
     """What ART takes a network for."""
-    with warnings.catch_warnings():
-        # Its modules use names and escapes that Python and NumPy are giving up.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.simplefilter("ignore", SyntaxWarning)
-        from art.estimators.classification import TensorFlowV2Classifier
+    from art.estimators.classification import TensorFlowV2Classifier
+
     return TensorFlowV2Classifier(
         model=network,
         nb_classes=10,
