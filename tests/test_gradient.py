@@ -400,7 +400,7 @@ class TestRegression:
         [
             (
                 np.zeros((6, 2)),
-                r"`y` must hold numbers in the shape.*\[None, 1\].*6, 2",
+                r"`y` must hold numbers.*\[None, 1\].*6, 2",
             ),
             (np.full(6, np.nan), "`y` must be finite. Received: 6 values"),
             (np.array(["a"] * 6), "`y` must hold numbers.*string"),
@@ -423,9 +423,7 @@ def test_the_loss_of_the_model_is_the_compiled_one():
     one_hot.compile("sgd", keras.losses.CategoricalCrossentropy(from_logits=True))
     got = FGSM(epsilon=0.2, norm="l2", loss="model")(one_hot, x, np.eye(3)[y])
     np.testing.assert_allclose(got, expected, atol=1e-6)
-    with pytest.raises(
-        ValueError, match=r"(?s)`y`.*categorical_crossentropy.*Received"
-    ):
+    with pytest.raises(ValueError, match=r"(?s)`y`.*cal_crossentropy.*Received"):
         FGSM(epsilon=0.2, loss="model")(one_hot, x, y)
 
 

@@ -1,0 +1,230 @@
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+from models import rows
+
+from advreg.attacks import BIM, FGSM, PGD
+from advreg.attacks.base import make_seed
+from advreg.attacks.engine import Cascade, Outcome, Scene, size, take
+
+X = rows(20, 6)
+Y = np.random.default_rng(1).integers(0, 3, 20)
+
+
+def network(*first):
+    keras.utils.set_random_seed(1)
+    return keras.Sequential(
+        [keras.Input((6,)), *first, layers.Dense(8, "tanh"), layers.Dense(3)]
+    )
+
+
+def counted():
+    traced = []
+
+    class Counting(layers.Layer):
+        def call(self, x):
+            if not tf.executing_eagerly():
+                traced.append(x.shape[0])
+            return x
+
+    model = network(Counting())
+    traced.clear()  # Keras's own, to build it.
+    return model, traced
+
+
+class TestTracing:
+    def test_once_for_all_batches_radii_and_steps(self):
+        model, traced = counted()
+        PGD(0.3, iterations=3)(model, X, Y, batch_size=8)
+        assert traced == [None, None]  # To look, and to judge at the end.
+        for epsilon in (0.1, 0.2):
+            pgd = PGD(epsilon, step_size=epsilon / 2, iterations=5, restarts=2)
+            pgd(model, X, Y, batch_size=7)
+            BIM(epsilon, iterations=2)(model, X[:3], Y[:3])
+            FGSM(epsilon)(model, X, Y)
+        assert len(traced) == 2
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            {"loss": "margin"},
+            {"norm": "l2"},
+            {"clip_value_max": 9.0},
+            {"feature_mask": np.array([1, 0, 1, 1, 1, 1])},
+            {"targeted": True},
+            {"momentum": 0.5},
+        ],
+        ids=lambda arguments: next(iter(arguments)),
+    )
+    def test_again_for_what_changes_the_arithmetic(self, arguments):
+        model, traced = counted()
+        PGD(0.3, iterations=3)(model, X, Y)
+        once = len(traced)
+        PGD(0.3, iterations=3, **arguments)(model, X, Y)
+        assert len(traced) > once
+        twice = len(traced)
+        PGD(0.3, iterations=3, **arguments)(model, X, Y)
+        assert len(traced) == twice
+
+    def test_new_weights_need_no_tracing(self):
+        model, traced = counted()
+        y = model.predict(X, verbose=0).argmax(1)
+        first = FGSM(0.1)(model, X, y)
+        traced.clear()
+        last = model.layers[-1]
+        last.set_weights([-w for w in last.get_weights()])
+        y = model.predict(X, verbose=0).argmax(1)
+        traced.clear()
+        assert (FGSM(0.1)(model, X, y) != first).any()
+        assert not traced
+
+
+class TestPlay:
+    def looks(self, attack, monkeypatch, model=None, y=Y):
+        """The sizes of the batches that are looked at, and the outcome."""
+        model = network() if model is None else model
+        scene = attack.scene(model)
+        given = attack.rows(scene, tf.constant(X), tf.constant(y))
+        compiled, sizes = Scene._compiled, []
+
+        def spy(self, *args):
+            look = compiled(self, *args)
+
+            def counted(state, numbers):
+                sizes.append(size(state))
+                return look(state, numbers)
+
+            return counted
+
+        monkeypatch.setattr(Scene, "_compiled", spy)
+        outcome = scene.play(attack.rounds(scene)[0], given, make_seed(1))
+        return sizes, outcome, model
+
+    def test_rows_that_are_fooled_drop_out(self, monkeypatch):
+        attack = BIM(0.4, step_size=0.1, iterations=6)
+        sizes, outcome, model = self.looks(attack, monkeypatch)
+        right = model.predict(X, verbose=0).argmax(1) == Y
+        assert sizes[0] == 20
+        assert sizes[1] == right.sum() < 20
+        assert sizes == sorted(sizes, reverse=True)
+        assert len(sizes) <= 6
+        x_adv = X + outcome.displacement
+        predicted = model.predict(x_adv, verbose=0).argmax(1)
+        np.testing.assert_array_equal(outcome.fooled, predicted != Y)
+        assert not outcome.displacement[~right].any()
+
+    def test_it_ends_when_all_are_fooled(self, monkeypatch):
+        model = network()
+        model.layers[-1].set_weights([np.zeros((8, 3)), np.array([0, 0, 1.0])])
+        attack, y = PGD(0.1, iterations=9), np.zeros(20, int)
+        sizes, outcome, _ = self.looks(attack, monkeypatch, model, y)
+        assert sizes == [20]
+        assert outcome.fooled.all()
+        assert np.isposinf(outcome.closeness).all()
+
+    def test_closeness_is_the_margin_at_the_end(self, monkeypatch):
+        attack = BIM(0.01, iterations=2)
+        _, outcome, model = self.looks(attack, monkeypatch)
+        z = model.predict(X + outcome.displacement, verbose=0)
+        own = z[np.arange(20), Y]
+        z[np.arange(20), Y] = -np.inf
+        stands = ~outcome.fooled
+        assert stands.any()
+        np.testing.assert_allclose(
+            outcome.closeness[stands], (z.max(1) - own)[stands], atol=1e-5
+        )
+        assert (outcome.closeness[stands] <= 0).all()
+
+    def test_of_two_rounds_the_closer_end_is_kept(self):
+        model = network()
+        y = model.predict(X, verbose=0).argmax(1)
+
+        def margin(restarts):
+            pgd = PGD(0.02, step_size=0.0, iterations=1, restarts=restarts, seed=2)
+            z = model.predict(pgd(model, X, y, batch_size=20), verbose=0)
+            own = z[np.arange(20), y]
+            z[np.arange(20), y] = -np.inf
+            return z.max(1) - own
+
+        once, often = margin(1), margin(5)
+        assert (often >= once - 1e-6).all()
+        assert (often > once + 1e-6).any()
+
+
+class TestCascade:
+    def run(self, batches, attack, batch_size, model=None):
+        """Feeds batches, and returns what came out: index, outcomes, played sizes."""
+        model = network() if model is None else model
+        scene = attack.scene(model)
+        played, ended = [], []
+
+        class Spy(Scene):
+            def play(self, round_, rows, seed):
+                played.append(size(rows))
+                return super().play(round_, rows, seed)
+
+        scene = Spy(scene.victim, scene.threat, scene.classify)
+
+        def done(given, outcome):
+            assert isinstance(outcome, Outcome)
+            ended.append((given["index"], outcome.fooled))
+
+        cascade = Cascade(scene, attack.rounds(scene), batch_size, make_seed(1), done)
+        for index in batches:
+            given = attack.rows(scene, tf.constant(X[index]), tf.constant(Y[index]))
+            cascade.feed({**given, "index": index})
+        before = list(played)
+        cascade.flush()
+        index, fooled = (np.concatenate(part) for part in zip(*ended, strict=True))
+        return index, fooled, before, played
+
+    @pytest.mark.parametrize("batch_size", [3, 8, 20, 50])
+    def test_each_row_comes_out_once(self, batch_size):
+        batches = np.split(np.arange(20), [2, 9, 10, 17])
+        attack = PGD(0.02, iterations=2, restarts=3)
+        index, _, before, played = self.run(batches, attack, batch_size)
+        assert sorted(index) == list(range(20))
+        # What is incomplete waits for company until the end.
+        assert set(before) <= {batch_size}
+        assert max(played) <= batch_size
+
+    def test_the_next_round_is_for_what_withstood(self):
+        attack = PGD(0.02, iterations=2, restarts=3)
+        model = network()
+        right = (model.predict(X, verbose=0).argmax(1) == Y).sum()
+        _, fooled, _, played = self.run([np.arange(20)], attack, 20, model)
+        assert played[0] == 20
+        assert all(count <= right for count in played[1:])
+        assert fooled.sum() >= 20 - right
+
+    def test_sequences_of_other_lengths_make_other_batches(self):
+        model = keras.Sequential(
+            [keras.Input((None, 2)), layers.SimpleRNN(4), layers.Dense(3)]
+        )
+        attack = BIM(0.02, iterations=2)
+        scene = attack.scene(model)
+        found = []
+        cascade = Cascade(
+            scene,
+            attack.rounds(scene),
+            8,
+            make_seed(1),
+            lambda given, _: found.append(given["features"].shape),
+        )
+        for length in (3, 3, 5, 3):
+            x = tf.constant(rows(2, length, 2))
+            cascade.feed(attack.rows(scene, x, tf.constant(Y[:2])))
+        cascade.flush()
+        assert found == [(4, 3, 2), (2, 5, 2), (2, 3, 2)]
+
+
+def test_taking_rows_keeps_arrays_and_tensors():
+    given = {"a": np.arange(4), "b": {"c": tf.range(4)}}
+    taken = take(given, np.array([2, 0]))
+    assert isinstance(taken["a"], np.ndarray)
+    assert isinstance(taken["b"]["c"], tf.Tensor)
+    np.testing.assert_array_equal(taken["a"], [2, 0])
+    np.testing.assert_array_equal(taken["b"]["c"], [2, 0])
+    assert size(taken) == 2
