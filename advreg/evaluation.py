@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import keras
@@ -18,12 +18,12 @@ from advreg.attacks.base import Attack
 from advreg.attacks.engine import Rows, size, take
 from advreg.attacks.losses import cross_entropy
 from advreg.attacks.victim import Victim
-from advreg.checks import count, is_number, length
+from advreg.checks import count, is_number, length, show
 from advreg.geometry import Tensor
 from advreg.packing import Features
 from advreg.perturbation import differentiable, select
-from advreg.report import Accuracy, Check, RobustnessReport, in_words
-from advreg.trials import FOOLED, STANDS, UNKNOWN, Marks, Trial, balls, sample
+from advreg.report import INTERRUPTED, Accuracy, Check, RobustnessReport, in_words
+from advreg.trials import STANDS, UNKNOWN, Marks, Trial, balls, sample
 
 
 def evaluate_robustness(
@@ -67,14 +67,16 @@ def evaluate_robustness(
             does.
 
     Returns:
-        A `RobustnessReport`. After Ctrl-C, that of the examples which all attacks have
-        finished.
+        A `RobustnessReport`. After Ctrl-C, one of the examples up to the first that
+        some attack has not finished: those that it had yet to finish further on are
+        the robust ones, so that counting the others would tell too low an accuracy.
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: The model gives no class scores, labels do not fit them, data lies
-            outside an attack's clip range, a radius is negative or larger than the
-            range, or an attack is targeted.
+        ValueError: The model gives no class scores or is compiled for regression,
+            labels do not fit it, data lies outside an attack's clip range, a radius is
+            negative or larger than the range, or an attack is targeted.
+        KeyboardInterrupt: Ctrl-C came before all attacks had finished one example.
 
     Example:
     >>> report = advreg.evaluate_robustness(
@@ -94,17 +96,22 @@ def evaluate_robustness(
         for attack, name in zip(listed, _names(listed), strict=True)
         for at_radius in _at_radii(attack, epsilons)
     ]
-    survey = Survey(Victim(model, from_logits), trials)
-    checks: tuple[Check, ...] = ()
+    survey = Survey(_classifier(model, from_logits), trials)
+    checks: list[Check] = []
     complete = False
     try:
         survey.read(x, y, batch_size, verbose)
         complete = True
-        checks = honesty.check(model, survey, trials, batch_size, from_logits)
+        for check in honesty.check(model, survey, trials, batch_size, from_logits):
+            checks.append(check)
     except KeyboardInterrupt:
-        if not survey.decided().any():
+        if not survey.decided():
             raise
-    return _report(model, survey, trials, checks, time.perf_counter() - began, complete)
+        made = {check.name for check in checks}
+        checks += [c for c in honesty.at_hand(survey, trials) if c.name not in made]
+        checks.append(Check(INTERRUPTED, None, "Ctrl-C came before the other checks."))
+    seconds = time.perf_counter() - began
+    return _report(model, survey, trials, tuple(checks), seconds, complete)
 
 
 class Survey:
@@ -147,13 +154,14 @@ class Survey:
         """Tells which examples the model gets right as they are."""
         return self._correct.get(index) > 0
 
-    def decided(self) -> np.ndarray:
-        """Tells for each example seen whether all trials have ended for it."""
+    def decided(self) -> int:
+        """The number of examples before the first that some trial has not ended."""
         index = np.arange(self.examples)
         decided = np.full(self.examples, True)
         for trial in self._trials:
             decided &= trial.status.get(index) != UNKNOWN
-        return decided | ~self.correct(index)
+        decided |= ~self.correct(index)
+        return self.examples if decided.all() else int(np.argmin(decided))
 
     def _see(self, data: Any) -> dict[str, float]:
         began = time.perf_counter()
@@ -169,7 +177,6 @@ class Survey:
         correct, flat = self._clean(features, classes)
         index = np.arange(self.examples, self.examples + seen)
         self._correct.set(index, correct.astype("uint8"))
-        self.flat += int((flat & correct).sum())
         rows = {"features": features, "classes": classes, "labels": y, "index": index}
         right = np.flatnonzero(correct)
         self.seconds += time.perf_counter() - began
@@ -180,6 +187,7 @@ class Survey:
                 trial.feed(rows)
         self.examples += seen
         self.right += len(right)
+        self.flat += int((flat & correct).sum())
         return self._progress()
 
     def _clean(
@@ -201,6 +209,7 @@ class Survey:
             flat = tf.fill(tf.shape(classes), with_gradient)
             for gradient in gradients:
                 if gradient is not None:
+                    gradient = tf.convert_to_tensor(gradient)
                     axes = list(range(1, gradient.shape.rank))
                     flat &= tf.reduce_all(tf.equal(gradient, 0), axis=axes)
             return correct, flat, tf.constant(all(g is None for g in gradients))
@@ -250,7 +259,7 @@ class _Reader(keras.Model):
     """Lets Keras bring data of any form, batch by batch, with its progress bar."""
 
     def __init__(self, see: Callable[[Any], dict[str, float]]) -> None:
-        super().__init__()
+        super().__init__(name="evaluate_robustness")
         self._see = see
         self.built = True
         self.compile(run_eagerly=True)
@@ -258,6 +267,18 @@ class _Reader(keras.Model):
     def test_step(self, data: Any) -> dict[str, float]:
         """Hands on a batch."""
         return self._see(data)
+
+
+def _classifier(model: keras.Model, from_logits: bool | None) -> Victim:
+    """Checks that accuracy is what to ask of a model, and sets it up as a victim."""
+    victim = Victim(model, from_logits)
+    if victim.fits_values:
+        raise ValueError(
+            "`model` must be a classifier: its loss is one of regression, which knows "
+            "no accuracy. If the outputs are class scores even so, compile the model "
+            f"with a loss of classification. Received: loss={model.loss!r}"
+        )
+    return victim
 
 
 def _listed(attacks: Any) -> list[Any]:
@@ -285,7 +306,13 @@ def _at_radii(attack: Any, epsilons: Any) -> list[Any]:
     """Sets an attack that has a radius to each of the radii."""
     if epsilons is None:
         return [attack]
-    radii = [epsilons] if is_number(epsilons) else list(epsilons)
+    if is_number(epsilons) or isinstance(epsilons, (str, bytes)):
+        epsilons = [epsilons]
+    if not isinstance(epsilons, Iterable):
+        raise TypeError(
+            f"`epsilons` must be a sequence of radii. Received: {show(epsilons)}"
+        )
+    radii = list(epsilons)
     if not radii:
         raise ValueError("`epsilons` must hold one radius at least. Received: none")
     radii = sorted({length("epsilons", radius) for radius in radii})
@@ -344,31 +371,33 @@ def _report(
     seconds: float,
     complete: bool,
 ) -> RobustnessReport:
-    decided = np.flatnonzero(survey.decided())
-    examples = len(decided)
-    correct = survey.correct(decided)
+    examples = survey.decided()
+    correct = survey.correct(np.arange(examples))
 
-    def stands(trial: Trial) -> np.ndarray:
-        return correct & (trial.status.get(decided) == STANDS)
+    def stands(trial: Trial) -> int:
+        return int((trial.status.get(np.arange(examples)) == STANDS).sum())
 
-    bounded = [trial for trial in trials if trial.epsilon is not None]
-    overall = correct.copy()
-    for trial in bounded or trials:
-        overall &= stands(trial)
-    worst = []
-    for norm, epsilon in balls(trials):
-        fallen = Marks()
-        for trial in trials:
-            for index in trial.fallen_within(norm, epsilon):
-                fallen.set(index, FOOLED)
-        left = int((correct & (fallen.get(decided) != FOOLED)).sum())
-        worst.append(Accuracy("worst case", left, examples, epsilon, norm.value))
+    def without(fallen: Sequence[np.ndarray]) -> int:
+        """Number of examples that are right and have not fallen."""
+        left = correct.copy()
+        for index in fallen:
+            left[index[index < examples]] = False
+        return int(left.sum())
+
+    # What falls in a ball falls in it, whatever radius the attack had, if any.
+    fallen = {ball: [trial.fallen(*ball) for trial in trials] for ball in balls(trials)}
+    worst_cases = tuple(
+        Accuracy("worst case", without(index), examples, epsilon, norm.value)
+        for (norm, epsilon), index in fallen.items()
+    )
+    everywhere = [index for ball in fallen.values() for index in ball]
+    overall = without(everywhere or [trial.fallen() for trial in trials])
     return RobustnessReport(
         model=model.name,
         clean=Accuracy("clean", int(correct.sum()), examples, seconds=survey.seconds),
-        results=tuple(t.result(examples, int(stands(t).sum())) for t in trials),
-        worst_cases=tuple(worst),
-        overall=Accuracy("overall", int(overall.sum()), examples),
+        results=tuple(trial.result(examples, stands(trial)) for trial in trials),
+        worst_cases=worst_cases,
+        overall=Accuracy("overall", overall, examples),
         threat_model=_threat_model(trials),
         checks=checks,
         seconds=seconds,
@@ -384,15 +413,17 @@ def _threat_model(trials: Sequence[Trial]) -> str:
         (_shown(trial.attack, "clip_value_min"), _shown(trial.attack, "clip_value_max"))
         for trial in trials
     }
-    low, high = ranges.pop() if len(ranges) == 1 else ("that of each attack", "")
     names = {trial.name: trial for trial in trials}
+
+    def which(rule: Callable[[Trial], bool]) -> list[str]:
+        return [name for name, trial in names.items() if rule(trial)]
+
     return in_words(
         radii,
-        low,
-        high,
-        white_box=[name for name, trial in names.items() if trial.white_box],
-        other=[name for name, trial in names.items() if not trial.white_box],
-        unbounded=[name for name, trial in names.items() if trial.epsilon is None],
+        ranges,
+        white_box=which(lambda trial: trial.white_box),
+        black_box=which(lambda trial: not trial.may_follow_gradient),
+        unbounded=which(lambda trial: trial.norm is None),
     )
 
 
@@ -400,4 +431,4 @@ def _shown(attack: Any, name: str) -> str:
     value = getattr(attack, name, None)
     if value is None:
         return ""
-    return f"{value:g}" if is_number(value) else "an array"
+    return f"{value:g}" if is_number(value) else "that of each feature"

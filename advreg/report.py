@@ -7,13 +7,15 @@ import html
 import json
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from advreg.checks import length, show
 from advreg.tables import html_table, text_table
 
 _Z95 = 1.959963984540054  # The normal law holds 95 % between -z and z.
 _VERSION = 1
+INTERRUPTED = "interrupted"
 
 SYMBOLS = {"l1": "L1", "l2": "L2", "infinity": "L∞"}
 
@@ -33,6 +35,9 @@ class Accuracy:
         median_l2: Median length of the perturbations that fooled the model, in the L2
             norm. `None` where nothing was fooled that had been right.
         median_linf: The same in the infinity norm.
+
+    Raises:
+        ValueError: More are correct than there are, or the ball is none.
     """
 
     name: str
@@ -44,6 +49,19 @@ class Accuracy:
     settings: str | None = None
     median_l2: float | None = None
     median_linf: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.correct <= self.examples or not 0 < self.examples < 2**63:
+            raise ValueError(
+                "`correct` must lie between 0 and `examples`, which must be at least "
+                f"1. Received: correct={self.correct} and examples={self.examples}"
+            )
+        if self.norm is not None and self.norm not in SYMBOLS:
+            raise ValueError(
+                f"`norm` must be one of {list(SYMBOLS)}. Received: {self.norm!r}"
+            )
+        if self.epsilon is not None:
+            length("epsilon", self.epsilon)
 
     @property
     def accuracy(self) -> float:
@@ -91,14 +109,14 @@ class RobustnessReport:
         results: The accuracy under each attack at each radius.
         worst_cases: For each ball of the report the accuracy if each example is met by
             the attack that is worst for it: over all attacks, whatever their radius,
-            whose perturbations lie in that ball.
-        overall: The accuracy if each example has to withstand all attacks that have a
-            radius, or all attacks where none has.
+            whose perturbations lie in that ball, and in the range of the attack.
+        overall: The accuracy if each example has to withstand all that was found in
+            any of these balls, or all attacks where none has a radius.
         threat_model: What the attacker was allowed to do, in words.
         checks: The checks of an honest evaluation
             ([Carlini et al., 2019](https://arxiv.org/abs/1902.06705)).
         seconds: Time of the whole evaluation.
-        complete: Whether all data was seen; `False` after an interruption.
+        complete: Whether all attacks met all data; `False` after an interruption.
 
     Example:
     >>> report = advreg.evaluate_robustness(model, x, y, attacks=PGD(epsilon=0.1))
@@ -133,11 +151,11 @@ class RobustnessReport:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Why these accuracies may be too high, and what to do about it."""
+        """Why these accuracies may not be what they seem, and what to do about it."""
         return tuple(check.message for check in self.checks if check.passed is False)
 
     def __str__(self) -> str:
-        lines = [self._title(), "", text_table(_HEAD, self._rows()), ""]
+        lines = [_wrap(self._title()), "", text_table(_HEAD, self._rows()), ""]
         lines.append(_wrap(f"Threat model: {self.threat_model}"))
         lines.append(self._verdict())
         lines += [_wrap(f"  ! {message}") for message in self.warnings]
@@ -155,7 +173,8 @@ class RobustnessReport:
 
     def to_json(self) -> str:
         """Returns the report as JSON text, which `from_json` reads."""
-        return json.dumps({"version": _VERSION, **dataclasses.asdict(self)}, indent=2)
+        fields = {"version": _VERSION, **dataclasses.asdict(self)}
+        return json.dumps(fields, indent=2, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> RobustnessReport:
@@ -168,25 +187,15 @@ class RobustnessReport:
             ValueError: It is no such report.
         """
         try:
-            data = json.loads(text)
-            if data.pop("version") != _VERSION:
-                raise ValueError("another version wrote it")
-            for name in ("clean", "overall"):
-                data[name] = Accuracy(**data[name])
-            for name, kind in (
-                ("results", Accuracy),
-                ("worst_cases", Accuracy),
-                ("checks", Check),
-            ):
-                data[name] = tuple(kind(**item) for item in data[name])
-            report = cls(**data)
-            str(report)  # Fields of the wrong type show here.
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            data = json.loads(text, parse_constant=_refuse)
+            if not isinstance(data, dict) or data.pop("version", None) != _VERSION:
+                raise ValueError("no report of this version")
+            return _read(cls, data)
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(
                 "`text` must be what `RobustnessReport.to_json` returns. Received: "
-                f"{text[:100]!r}... ({type(error).__name__}: {error})"
+                f"{show(text)[:100]}... ({type(error).__name__}: {error})"
             ) from error
-        return report
 
     def plot(self, ax: Any = None) -> Any:
         """Draws accuracy against radius, a line for each attack.
@@ -217,12 +226,13 @@ class RobustnessReport:
         return [_row(line) for line in (self.clean, *self.results, *worst)]
 
     def _verdict(self) -> str:
-        made = [check for check in self.checks if check.passed is not None]
-        if not made:
-            return "Checks of an honest evaluation: none could be made."
-        if not self.warnings:
-            return f"Checks of an honest evaluation: {len(made)} made, no warning."
-        return "These accuracies may be too high:"
+        if self.warnings:
+            return "What the checks of an honest evaluation found:"
+        made = len([check for check in self.checks if check.passed is not None])
+        found = f"{made} made, no warning" if made else "none could be made"
+        if any(check.name == INTERRUPTED for check in self.checks):
+            found += ", but interrupted before the others"
+        return f"Checks of an honest evaluation: {found}."
 
 
 _HEAD = [
@@ -235,6 +245,41 @@ _HEAD = [
     "median L∞",
     "time",
 ]
+
+
+def _read(kind: Any, data: Any) -> Any:
+    """Makes a dataclass of this module of what JSON says of it."""
+    types = {field.name: str(field.type) for field in dataclasses.fields(kind)}
+    if not isinstance(data, dict) or data.keys() != types.keys():
+        raise ValueError(f"{kind.__name__} must have the fields {list(types)}")
+    values = {name: _value(name, types[name], data[name]) for name in types}
+    return kind(**values)
+
+
+def _value(name: str, kind: str, value: Any) -> Any:
+    """Reads one field, whose annotation says what it must be."""
+    kind, *others = kind.split(" | ")
+    if value is None and others == ["None"]:
+        return None
+    if kind in _RECORDS:
+        return _read(_RECORDS[kind], value)
+    if kind.startswith("tuple["):
+        if not isinstance(value, list):
+            raise TypeError(f"`{name}` must be a list")
+        record = kind.removeprefix("tuple[").removesuffix(", ...]")
+        return tuple(_value(name, record, item) for item in value)
+    if kind == "float" and type(value) in (int, float):
+        return length(name, value)
+    if type(value).__name__ != kind:
+        raise TypeError(f"`{name}` must be {kind}")
+    return value
+
+
+_RECORDS: dict[str, Any] = {"Accuracy": Accuracy, "Check": Check}
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number")
 
 
 def _wrap(text: str) -> str:
@@ -261,39 +306,43 @@ def _row(line: Accuracy) -> list[str]:
 
 def in_words(
     radii: Mapping[str, float],
-    low: str,
-    high: str,
+    ranges: Collection[tuple[str, str]],
     *,
     white_box: Sequence[str],
-    other: Sequence[str],
+    black_box: Sequence[str],
     unbounded: Sequence[str],
 ) -> str:
     """Puts a threat model into words.
 
     Args:
         radii: For each norm the largest radius.
-        low: The smallest value of an input, empty if there is no limit.
-        high: The largest.
+        ranges: The smallest and the largest value of an input, for each range that
+            attacks have; empty if there is no limit.
         white_box: Names of attacks that follow the gradient of the model.
-        other: Names of the other attacks.
-        unbounded: Names of attacks without a radius.
+        black_box: Names of attacks that do without it.
+        unbounded: Names of attacks without a radius in a norm.
     """
     balls = " or ".join(
         f"up to {radius:.4g} in the {SYMBOLS[norm]} norm"
         for norm, radius in radii.items()
     )
-    text = f"An input may move {balls or 'any distance'}, "
-    if low or high:
-        text += f"inside the range from {low or '-∞'} to {high or '∞'}."
+    text = f"An input may move {balls or 'any distance'}"
+    if len(ranges) > 1:
+        text += ", inside the range of each attack, which are not the same."
     else:
-        text += "and take any value."
+        low, high = next(iter(ranges), ("", ""))
+        text += (
+            f", inside the range from {low or '-∞'} to {high or '∞'}."
+            if low or high
+            else ", and take any value."
+        )
     if white_box:
         text += (
             f" The attacker knows the model and the labels ({', '.join(white_box)})."
         )
-    if other:
-        text += f" Without following the model's own gradient: {', '.join(other)}."
-    if unbounded:
+    if black_box:
+        text += f" Without the model's own gradient: {', '.join(black_box)}."
+    if unbounded and balls:
         text += (
             f" Without a radius: {', '.join(unbounded)}; these count in the worst case "
             "where they stayed in the ball."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -12,16 +12,27 @@ import numpy as np
 import tensorflow as tf
 from keras import tree
 
-from advreg.attacks.base import Attack, make_seed
-from advreg.attacks.engine import Cascade, Outcome, Round, Rows, Scene, Threat, take
+from advreg.attacks.base import Attack, check_norm, check_range, make_seed
+from advreg.attacks.engine import (
+    Cascade,
+    Outcome,
+    Round,
+    Rows,
+    Scene,
+    Threat,
+    size,
+    take,
+)
 from advreg.attacks.victim import Victim
+from advreg.checks import length, show
 from advreg.config import NormType
 from advreg.geometry import Tensor
-from advreg.packing import Features
+from advreg.packing import Features, describe
 from advreg.report import Accuracy
 
 UNKNOWN, STANDS, FOOLED = 0, 1, 2
-_SLACK = 1e-4  # Roundings of somebody else's arithmetic are no breach of the ball.
+# Share of the radius: rounding in somebody else's arithmetic is no breach of the ball.
+_SLACK = 1e-4
 
 
 class Marks:
@@ -69,35 +80,29 @@ class Trial:
         from_logits: bool | None = None,
     ) -> None:
         self.attack, self.name = attack, name
+        self.epsilon = _radius(attack)
+        self.norm = None if self.epsilon is None else _norm(attack)
         self.status = Marks()
         self.seconds = 0.0
         self.stands = self.fooled = self.left_ball = self.left_range = 0
-        self.fallen: list[tuple[np.ndarray, dict[NormType, np.ndarray]]] = []
-        rounds: list[Round] | None = None
+        self._fallen: list[tuple[np.ndarray, dict[NormType, np.ndarray]]] = []
+        self._cascade: Cascade | None = None
+        self._batch_size = batch_size
+        self._scene: Scene | _Foreign
         if isinstance(attack, Attack):
-            self._scene: Any = attack.scene(model, from_logits)
+            self._scene = attack.scene(model, from_logits)
         else:
             self._scene = _Foreign(attack, model, from_logits, batch_size)
-            rounds = [Round(1, "")]
-        self._cascade: Cascade | None = None
-        self._rounds, self._batch_size = rounds, batch_size
-
-    @property
-    def epsilon(self) -> float | None:
-        """Radius of the attack, if it has one."""
-        epsilon = getattr(self.attack, "epsilon", None)
-        return None if epsilon is None else float(epsilon)
-
-    @property
-    def norm(self) -> NormType | None:
-        """Norm of the radius, if it has one."""
-        norm = getattr(self.attack, "norm", None)
-        return None if norm is None or self.epsilon is None else NormType(norm)
 
     @property
     def white_box(self) -> bool:
-        """Whether the attack follows the gradient of the very model."""
+        """Whether the attack is one of ours that follows the model's gradient."""
         return isinstance(self.attack, Attack) and self.attack.uses_gradient
+
+    @property
+    def may_follow_gradient(self) -> bool:
+        """Whether nobody says that the attack does without the model's gradient."""
+        return getattr(self.attack, "uses_gradient", None) is not False
 
     @property
     def iterative(self) -> bool:
@@ -115,16 +120,20 @@ class Trial:
             self.status.set(rows["index"], STANDS)
             self.stands += len(rows["index"])
             return
-        if isinstance(self.attack, Attack):
+        if isinstance(self._scene, _Foreign):
+            self._scene.check(rows["features"])
+        else:
             self.attack.check(self._scene, rows["features"])
             if not self.attack.wants_labels(self._scene):
                 rows = {name: rows[name] for name in rows if name != "labels"}
         if self._cascade is None:
-            rounds = self._rounds or self.attack.rounds(self._scene)
             seed = make_seed(getattr(self.attack, "seed", None))
-            self._cascade = Cascade(
-                self._scene, rounds, self._batch_size, seed, self._note
-            )
+            # To a cascade a foreign attack is a scene of its own, with one round.
+            scene: Any = self._scene
+            rounds: Sequence[Round] = [Round(1, "")]
+            if isinstance(self._scene, Scene):
+                rounds = self.attack.rounds(self._scene)
+            self._cascade = Cascade(scene, rounds, self._batch_size, seed, self._note)
         self._cascade.feed(rows)
         self.seconds += time.perf_counter() - began
 
@@ -139,7 +148,7 @@ class Trial:
         """Makes a line of the report."""
 
         def median(norm: NormType) -> float | None:
-            lengths = [lengths[norm] for _, lengths in self.fallen]
+            lengths = [lengths[norm] for _, lengths in self._fallen]
             return float(np.median(np.concatenate(lengths))) if lengths else None
 
         return Accuracy(
@@ -156,30 +165,31 @@ class Trial:
 
     def _note(self, rows: Rows, outcome: Outcome) -> None:
         """Writes down what came of a batch."""
-        index = rows["index"]
-        self.status.set(index, np.where(outcome.fooled, FOOLED, STANDS))
-        displacement = outcome.displacement.astype("float64")
-        lengths = {
-            NormType.L1: np.abs(displacement).sum(1),
-            NormType.L2: np.sqrt(np.square(displacement).sum(1)),
-            NormType.INFINITY: np.abs(displacement).max(1, initial=0.0),
-        }
-        self.fooled += int(outcome.fooled.sum())
-        self.stands += int((~outcome.fooled).sum())
+        index, fooled = rows["index"], outcome.fooled
+        self.status.set(index, np.where(fooled, FOOLED, STANDS))
+        self.fooled += int(fooled.sum())
+        self.stands += int((~fooled).sum())
+        lengths = _lengths(outcome.displacement)
+        valid = np.full(len(index), True)
+        if isinstance(self._scene, _Foreign):  # What is ours is right by construction.
+            lengths = self._scene.shortened(lengths, rows, outcome)
+            valid = self._scene.in_range(rows, outcome)
         if self.norm is not None:
-            assert self.epsilon is not None
-            beyond = lengths[self.norm] > self.epsilon * (1 + _SLACK) + _SLACK**2
-            self.left_ball += int(beyond.sum())
-        self.left_range += self._scene.count_outside(rows, outcome)
-        fooled = outcome.fooled
-        if fooled.any():
-            lengths = {norm: length[fooled] for norm, length in lengths.items()}
-            self.fallen.append((index[fooled], lengths))
+            self.left_ball += int((~_within(lengths[self.norm], self.epsilon)).sum())
+        self.left_range += int((~valid).sum())
+        fell = fooled & valid
+        if fell.any():
+            lengths = {norm: length[fell] for norm, length in lengths.items()}
+            self._fallen.append((index[fell], lengths))
 
-    def fallen_within(self, norm: NormType, epsilon: float) -> Iterator[np.ndarray]:
-        """Yields the examples that fell to perturbations inside a ball."""
-        for index, lengths in self.fallen:
-            yield index[lengths[norm] <= epsilon * (1 + _SLACK) + _SLACK**2]
+    def fallen(
+        self, norm: NormType = NormType.INFINITY, epsilon: float = np.inf
+    ) -> np.ndarray:
+        """The examples that fell to perturbations in range and inside a ball."""
+        found = [
+            index[_within(lengths[norm], epsilon)] for index, lengths in self._fallen
+        ]
+        return np.concatenate([np.zeros(0, "int64"), *found])
 
 
 class _Foreign:
@@ -198,11 +208,22 @@ class _Foreign:
         self._threat = Threat(0.0, NormType.INFINITY, None, low, high)
         self._scene = Scene(self._victim, self._threat, classify=True)
         self._options = {}
-        if "batch_size" in inspect.signature(attack).parameters:
+        if _takes(attack, "batch_size"):
             self._options["batch_size"] = batch_size
+
+    def check(self, features: Features) -> None:
+        """Checks that a batch lies in the stated range."""
+        if self._threat.clip_value_min is not None or (
+            self._threat.clip_value_max is not None
+        ):
+            check_range(self._scene, features)
 
     def play(self, round_: Round, rows: Rows, seed: Any) -> Outcome:
         """Calls the attack on a batch, and looks at what it returns."""
+        count = size(rows)
+        fixed = self._victim.fixed_batch
+        if fixed is not None:  # The rows beyond the last one are copies of it.
+            rows = take(rows, np.minimum(np.arange(max(fixed, count)), count - 1))
         features = rows["features"]
         x, y = (
             tree.map_structure(
@@ -210,14 +231,8 @@ class _Foreign:
             )
             for part in (features, rows["labels"])
         )
-        moved = tree.map_structure(
-            lambda new, old: (
-                tf.cast(tf.convert_to_tensor(new), old.dtype)
-                if isinstance(old, tf.Tensor)
-                else new
-            ),
-            self._attack(self._model, x, y, **self._options),
-            features,
+        moved = self._checked(
+            self._attack(self._model, x, y, **self._options), features
         )
         ball = self._scene.ball(rows)
         displacement = (self._scene.ball({"features": moved}).x - ball.x).numpy()
@@ -230,15 +245,88 @@ class _Foreign:
 
         predicted = self._victim.compile("predict", predict, moved)(moved)
         fooled = (predicted != rows["classes"]).numpy()
-        return Outcome(fooled, displacement, np.zeros(len(fooled)))
+        return Outcome(fooled[:count], displacement[:count], np.zeros(count))
 
-    def count_outside(self, rows: Rows, outcome: Outcome) -> int:
-        """Counts examples that were moved out of the stated range."""
+    def shortened(
+        self, lengths: dict[NormType, np.ndarray], rows: Rows, outcome: Outcome
+    ) -> dict[NormType, np.ndarray]:
+        """Takes from lengths what the rounding of `x_adv - x` may have added."""
+        x = self._scene.ball(rows).x.numpy()
+        x = np.where(np.isfinite(x), x, 0.0)
+        rounding = _lengths(np.spacing(np.abs(x) + np.abs(outcome.displacement)))
+        return {norm: np.maximum(lengths[norm] - rounding[norm], 0) for norm in lengths}
+
+    def in_range(self, rows: Rows, outcome: Outcome) -> np.ndarray:
+        """Tells which examples are finite and in the stated range."""
         ball = self._scene.ball(rows)
         low, high = (bound.numpy() for bound in ball.range)
         moved = ball.x.numpy() + outcome.displacement
         slack = _SLACK * np.maximum(1.0, np.abs(moved))
-        return int(((moved < low - slack) | (moved > high + slack)).any(axis=1).sum())
+        inside = (moved >= low - slack) & (moved <= high + slack)
+        inside &= np.isfinite(outcome.displacement)
+        return (inside | ~np.isfinite(ball.x)).all(axis=1)
+
+    def _checked(self, moved: Any, features: Features) -> Features:
+        """Makes tensors of what an attack returned, if it is like the features."""
+        try:
+            moved = tree.map_structure(
+                lambda new, old: (
+                    tf.cast(tf.convert_to_tensor(new), old.dtype)
+                    if isinstance(old, tf.Tensor)
+                    else new
+                ),
+                moved,
+                features,
+            )
+            alike = all(
+                tuple(new.shape) == tuple(old.shape)
+                for new, old in zip(
+                    tree.flatten(moved), tree.flatten(features), strict=True
+                )
+            )
+        except (TypeError, ValueError, AttributeError):
+            alike = False
+        if not alike:
+            raise ValueError(
+                "`attacks` must return features like those that they are given: for "
+                f"x={describe(features)} {show(self._attack)} must return the same "
+                f"structure and shapes. Received: {describe(moved)}"
+            )
+        return moved
+
+
+def _lengths(displacement: np.ndarray) -> dict[NormType, np.ndarray]:
+    """The length of each row in each norm."""
+    sizes = np.abs(displacement.astype("float64"))
+    return {
+        NormType.L1: sizes.sum(1),
+        NormType.L2: np.sqrt(np.square(sizes).sum(1)),
+        NormType.INFINITY: sizes.max(1, initial=0.0),
+    }
+
+
+def _within(lengths: np.ndarray, epsilon: float | None) -> np.ndarray:
+    """Tells which lengths are those of a ball; one that is NaN is not."""
+    assert epsilon is not None
+    return lengths <= epsilon * (1 + _SLACK)
+
+
+def _radius(attack: Any) -> float | None:
+    epsilon = getattr(attack, "epsilon", None)
+    return None if epsilon is None else length("epsilon", epsilon)
+
+
+def _norm(attack: Any) -> NormType | None:
+    norm = getattr(attack, "norm", None)
+    return None if norm is None else check_norm(norm)
+
+
+def _takes(attack: Any, argument: str) -> bool:
+    """Whether an attack has such an argument, as far as Python can tell."""
+    try:
+        return argument in inspect.signature(attack).parameters
+    except (TypeError, ValueError):  # What is written in C need not say.
+        return False
 
 
 def balls(trials: Sequence[Trial]) -> list[tuple[NormType, float]]:

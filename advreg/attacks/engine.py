@@ -232,10 +232,6 @@ class Scene:
         outcome.displacement[place] = state["displacement"].numpy()[standing]
         return outcome
 
-    def count_outside(self, rows: Rows, outcome: Outcome) -> int:
-        """Counts examples that left the range: none, for the ball keeps them in."""
-        return 0
-
     def _freeze(
         self,
         outcome: Outcome,
