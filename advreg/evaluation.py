@@ -141,6 +141,7 @@ class Survey:
 
     def read(self, x: Any, y: Any, batch_size: int, verbose: int | str) -> None:
         """Reads all data, in any form that Keras knows, and ends the trials."""
+        batch_size = min(batch_size, self.victim.fixed_batch or batch_size)
         with warnings.catch_warnings():
             # That a generator ends is how its data ends.
             warnings.filterwarnings("ignore", "Your input ran out of data")

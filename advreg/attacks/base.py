@@ -131,6 +131,12 @@ class Attack:
             self.clip_value_max,
         )
         values = victim.fits_values and loss in (None, "model")
+        if victim.fits_values and not hasattr(self, "loss"):
+            raise ValueError(
+                f"`model` must be a classifier for `{type(self).__name__}`. Attack a "
+                "model of regression with FGSM, BIM, PGD, APGD or RandomNoise. "
+                f"Received: a model compiled with loss={model.loss!r}"
+            )
         return Scene(victim, threat, classify=not values)
 
     def rows(self, scene: Scene, features: Features, y: Any) -> Rows:

@@ -85,10 +85,6 @@ class Round:
         """Moves on from a look at `rows["displacement"]`; returns what has changed."""
         raise NotImplementedError
 
-    def between(self, index: int, rows: Rows) -> Rows:
-        """Does what only some looks are followed by, outside the compiled function."""
-        return {}
-
 
 @dataclasses.dataclass(frozen=True)
 class Threat:
@@ -186,10 +182,6 @@ class Scene:
             An `Outcome`.
         """
         count = int(tf.shape(tree.flatten(rows["features"])[0])[0])
-        fixed = self.victim.fixed_batch
-        if fixed is not None:  # The rows beyond the last one are copies of it.
-            places = np.minimum(np.arange(max(fixed, count)), count - 1)
-            rows = take(rows, places)
         state = {**rows, **round_.start(self, rows, seed)}
         numbers = {
             name: tf.constant(value, tf.float64)
@@ -207,44 +199,28 @@ class Scene:
             ),
             np.full(count, -np.inf),
         )
-        place = np.arange(count)  # Of the rows that stand, among those that came.
-        standing = np.arange(count)  # And among those of the state.
+        place = np.arange(count)  # Of the rows of the state, among those that came.
         for index in range(round_.looks):
             numbers["index"] = tf.constant(index, tf.int32)
             fooled, moved = advance(state, numbers)
-            if self.classify and self.early_stop:
-                fooled = fooled.numpy()[standing]
-                if fooled.any():
-                    self._freeze(outcome, state, place, standing, fooled)
-                    place, standing = place[~fooled], standing[~fooled]
-                    if not len(place):
-                        return outcome
-                    if fixed is None:
-                        state = take(state, standing)
-                        moved = take(moved, standing)
-                        standing = np.arange(len(place))
+            there = state["displacement"]
             state = {**state, **moved}
-            state = {**state, **round_.between(index, state)}
-        judge = self._judge(round_, state)
-        fooled, closeness = judge(state, numbers["epsilon"])
-        outcome.closeness[place] = closeness.numpy()[standing]
-        outcome.fooled[place] = fooled.numpy()[standing]
-        outcome.displacement[place] = state["displacement"].numpy()[standing]
+            if not (self.classify and self.early_stop):
+                continue
+            fooled = fooled.numpy()
+            if fooled.any():
+                out = place[fooled]
+                outcome.displacement[out] = tf.boolean_mask(there, fooled).numpy()
+                outcome.fooled[out], outcome.closeness[out] = True, np.inf
+                place = place[~fooled]
+                if not len(place):
+                    return outcome
+                state = take(state, np.flatnonzero(~fooled))
+        fooled, closeness = self._judge(round_, state)(state, numbers["epsilon"])
+        outcome.closeness[place] = closeness.numpy()
+        outcome.fooled[place] = fooled.numpy()
+        outcome.displacement[place] = state["displacement"].numpy()
         return outcome
-
-    def _freeze(
-        self,
-        outcome: Outcome,
-        state: Rows,
-        place: np.ndarray,
-        standing: np.ndarray,
-        fooled: np.ndarray,
-    ) -> None:
-        """Notes where rows were when they were fooled."""
-        at = tf.gather(state["displacement"], standing[fooled]).numpy()
-        outcome.displacement[place[fooled]] = at
-        outcome.fooled[place[fooled]] = True
-        outcome.closeness[place[fooled]] = np.inf
 
     def _compiled(self, round_: Round, state: Rows, numbers: Numbers) -> Callable:
         def advance(rows: Rows, numbers: Numbers) -> tuple[Tensor, Rows]:

@@ -142,6 +142,16 @@ class Victim:
         """Runs the network in inference mode. It must have one output."""
         if self._twin is None:
             self._twin = float_twin(self.base)
+        fixed, count = self.fixed_batch, None
+        if fixed is not None:  # The rows beyond the last one are copies of it.
+            count = tf.shape(tree.flatten(features)[0])[0]
+            tf.debugging.assert_less_equal(
+                count, fixed, f"The network takes batches of {fixed}, and no larger."
+            )
+            places = tf.minimum(tf.range(fixed), count - 1)
+            features = tree.map_structure(
+                lambda leaf: tf.gather(leaf, places), features
+            )
         # State that layers update even so is discarded, once it has been created.
         with keras.StatelessScope() if self.base.built else contextlib.nullcontext():
             outputs = self._twin(self.form.base_inputs(features), training=False)
@@ -152,7 +162,7 @@ class Victim:
                 f"`keras.Model(model.inputs, model.outputs[0])`. Received: "
                 f"{describe(outputs)}"
             )
-        return leaves[0]
+        return leaves[0] if count is None else leaves[0][:count]
 
     @property
     def known_form(self) -> OutputForm:
@@ -313,10 +323,9 @@ class Victim:
         return cache.functions[key][0]
 
     def _sample(self, features: Features) -> Features:
-        """The first examples, in a batch of the size that the network takes."""
-        count = tree.flatten(features)[0].shape[0]
-        places = np.minimum(np.arange(self.fixed_batch or min(count, 32)), count - 1)
-        return tree.map_structure(lambda leaf: tf.gather(leaf, places), features)
+        """The first examples, no more than the network takes."""
+        count = min(32, self.fixed_batch or 32)
+        return tree.map_structure(lambda leaf: leaf[:count], features)
 
     def _find_output_form(self, features: Features) -> OutputForm:
         outputs = self.outputs(features)
