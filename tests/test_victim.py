@@ -211,8 +211,8 @@ class TestUnpack:
         ("x", "y", "error", "message"),
         [
             (X, None, ValueError, "Labels are missing: pass them as `y`.*y=None"),
-            (X, Y[:5], ValueError, "same number of examples.*10, 4.*5"),
-            ({"a": X, "b": X[:5]}, Y, ValueError, "same number of examples"),
+            (X, Y[:5], ValueError, "same number of examples. Received: 10 and 5"),
+            ({"a": X, "b": X[:5]}, Y, ValueError, "examples.*10 and 5 and 10"),
             (X.tolist(), Y, ValueError, "`x` must be an array with a batch axis"),
             (X, Y.tolist(), ValueError, "`y` must be an array with a batch axis"),
             (3.0, Y, ValueError, "`x` must be an array.*Received: float"),

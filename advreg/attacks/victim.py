@@ -130,11 +130,11 @@ class Victim:
                 "y=None"
             )
         x, y = _tensors("x", x), _tensors("y", y)
-        counts = {leaf.shape[0] for leaf in tree.flatten((x, y))}
-        if len(counts) > 1:
+        counts = [leaf.shape[0] for leaf in tree.flatten((x, y))]
+        if len(set(counts)) > 1:
             raise ValueError(
-                "`x` and `y` must have the same number of examples, in all their "
-                f"parts. Received: x={describe(x)} and y={describe(y)}"
+                "`x` and `y` must have the same number of examples. Received: "
+                f"{' and '.join(map(str, counts))}"
             )
         return as_floats(x), y
 
