@@ -106,9 +106,13 @@ def auto_pgd(x, gradient_at, norm, radius, iterations, points, low, high):
 class Recorded(AutoAscent):
     trail: ClassVar[list] = []
 
-    def between(self, index, rows):
-        self.trail.append((rows["displacement"].numpy(), rows["step"].numpy()))
-        return {}
+    def advance(self, look, rows, numbers):
+        moved = super().advance(look, rows, numbers)
+        tf.py_function(self._record, (moved["displacement"], moved["step"]), ())
+        return moved
+
+    def _record(self, displacement, step):
+        self.trail.append((displacement.numpy(), step.numpy()))
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "margin"])
