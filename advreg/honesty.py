@@ -21,8 +21,13 @@ from advreg.report import Check
 from advreg.trials import FOOLED, Trial, balls
 
 SAMPLE = 256
-_TOLERANCE = 0.01  # Shares of examples that chance may explain.
-_GAIN = 0.02  # What twice the effort may still gain.
+# Share of examples by which an attack may lose to a weaker one: which examples at the
+# edge of the ball an attack finds is chance, but on honest networks (digits and MNIST,
+# plain and regularised, all norms) it was never more than 1 %.
+_TOLERANCE = 0.01
+# Share that another start and twice the steps may still find. PGD-40 left them 0 to 3 %
+# there, and attacks that are too short, as PGD-10 in the L1 norm, 14 % and more.
+_GAIN = 0.05
 _HUGE = 100  # Examples that are attacked at a huge radius.
 
 
@@ -227,18 +232,18 @@ def _more_effort(probes: _Probes, trials: Sequence[Trial], main: Trial) -> Check
     attack = main.attack
     if isinstance(attack, AutoAttack):
         return Check(name, None, "AutoAttack's effort is what its authors set.")
-    harder: Attack
     if main.white_box and main.iterative:
-        changes: dict[str, Any] = {"iterations": 2 * attack.iterations}
-        if getattr(attack, "random_init", False):
-            changes["restarts"] = attack.restarts + 1
-        harder = dataclasses.replace(attack, **changes, seed=_seed(attack))
+        # Another start, and twice as many steps from there.
+        twice, seed = 2 * attack.iterations, (_seed(attack) + 1) % 2**32
+        harder = dataclasses.replace(attack, iterations=twice, seed=seed)
+        least = _GAIN
     else:
         harder = PGD(**_surroundings(main))
+        least = _TOLERANCE
     # What any attack of the report has found is in its worst case already.
     standing = np.flatnonzero(~probes.fooled(trials, *_ball(main)))
     fell = probes.run(harder, standing).sum() / len(probes.index)
-    if fell <= _GAIN:
+    if fell <= least:
         return Check(name, True)
     return Check(
         name,

@@ -226,12 +226,13 @@ class RobustnessReport:
         return [_row(line) for line in (self.clean, *self.results, *worst)]
 
     def _verdict(self) -> str:
+        interrupted = any(check.name == INTERRUPTED for check in self.checks)
         if self.warnings:
-            return "What the checks of an honest evaluation found:"
+            when = " before they were interrupted" * interrupted
+            return f"What the checks of an honest evaluation found{when}:"
         made = len([check for check in self.checks if check.passed is not None])
         found = f"{made} made, no warning" if made else "none could be made"
-        if any(check.name == INTERRUPTED for check in self.checks):
-            found += ", but interrupted before the others"
+        found += ", but interrupted before the others" * interrupted
         return f"Checks of an honest evaluation: {found}."
 
 

@@ -284,7 +284,7 @@ class _Foreign:
                     tree.flatten(moved), tree.flatten(features), strict=True
                 )
             )
-        except (TypeError, ValueError, AttributeError):
+        except (TypeError, ValueError, AttributeError, tf.errors.OpError):
             alike = False
         if not alike:
             raise ValueError(
