@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
 import inspect
+import random
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
+import numpy as np
+import tensorflow as tf
 
 from advreg.attacks import FGSM, Attack
 from advreg.attacks.victim import Victim
@@ -21,9 +24,9 @@ from advreg.trials import Trial
 class _AtEpochEnd(keras.callbacks.Callback):
     """Measures at the end of an epoch, and logs before other callbacks read the logs.
 
-    Where `fit` has validation data, what is measured goes into the results of Keras's
-    own evaluation, which all callbacks receive. Otherwise only callbacks that come
-    later in the list see it.
+    Where `fit` has validation data, it measures at the end of Keras's own evaluation,
+    which is before any callback hears of the end of the epoch, and goes to the front of
+    the list. Otherwise only callbacks that come later in the list see what it logs.
 
     Args:
         validation_data: What to measure on, in any form that `evaluate` takes.
@@ -33,15 +36,11 @@ class _AtEpochEnd(keras.callbacks.Callback):
 
     def __init__(self, validation_data: Any, batch_size: int, frequency: int) -> None:
         super().__init__()
-        if validation_data is None:
-            raise ValueError(
-                "`validation_data` must be what to attack: `(x, y)`, or anything that "
-                "`evaluate` takes. Received: None"
-            )
-        self._data = validation_data
+        self._x, self._y = _unpacked(validation_data)
         self._batch_size = count("batch_size", batch_size)
         self._frequency = count("frequency", frequency)
         self._epoch = 0
+        self._list: Any = None
         self._measured: Mapping[str, float] | None = None
         self._warned = False
 
@@ -49,71 +48,83 @@ class _AtEpochEnd(keras.callbacks.Callback):
         """Measures the model as it is; the names are to be without `val_`."""
         raise NotImplementedError
 
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Forgets another training."""
+        self._measured, self._warned = None, False
+
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Waits for Keras's evaluation of the epoch, if there is to be one."""
-        self._epoch, self._measured = epoch, None
-        if self._due():
-            # Another callback of this kind may have been here before.
-            before = self.model.evaluate
-            self.model.__dict__["evaluate"] = functools.partial(self._evaluate, before)
+        self._epoch, self._measured, self._list = epoch, None, _calling_list()
+
+    def on_test_end(self, logs: Any = None) -> None:
+        """Measures after Keras's evaluation of the epoch, not after any other."""
+        callers = _calling_list()
+        if callers is None or callers is not self._list or not self._due():
+            return
+        self._measured = self.measure()
+        # A new list: Keras is going through the old one.
+        others = [one for one in callers.callbacks if one is not self]
+        callers.callbacks = [self, *others]
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Measures, if Keras has not evaluated, and logs."""
-        self.model.__dict__.pop("evaluate", None)
-        if not self._due():
-            return
-        if self._measured is None:
-            self._measured = self.measure()
-            self._warn_of_order()
-        if logs is not None:
-            logs.update({f"val_{key}": self._measured[key] for key in self._measured})
+        if self._due():
+            if self._measured is None:
+                self._measured = self.measure()
+                self._warn_of_order()
+            self._log(logs, new=True)
+        self._list = None
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """Logs the last measurement, if it is that of the last epoch."""
+        self._log(logs, new=False)
 
     def _due(self) -> bool:
         return (self._epoch + 1) % self._frequency == 0
 
-    def _evaluate(self, evaluate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Adds what is measured to the results of Keras's evaluation, once.
-
-        `fit` calls it with its own list of callbacks; whoever else does gets what he
-        asked for.
-        """
-        self.model.__dict__.pop("evaluate", None)
-        logs = evaluate(*args, **kwargs)
-        callbacks = getattr(kwargs.get("callbacks"), "callbacks", ())
-        if isinstance(logs, dict) and any(callback is self for callback in callbacks):
-            self._measured = self.measure()
-            logs = {**logs, **self._measured}
-        return logs
+    def _log(self, logs: Any, new: bool) -> None:
+        for name, value in (self._measured or {}).items():
+            if logs is None:
+                return
+            if new and f"val_{name}" in logs:
+                raise ValueError(
+                    f"`callbacks` must not log two things under one name. Received: "
+                    f"{type(self).__name__} logs 'val_{name}', which is there already"
+                )
+            logs[f"val_{name}"] = value
 
     def _warn_of_order(self) -> None:
         """Warns once if callbacks have read the logs before."""
-        frame = inspect.currentframe()
-        while frame is not None:
-            owner = frame.f_locals.get("self")
-            if isinstance(owner, keras.callbacks.CallbackList):
-                break
-            frame = frame.f_back
-        else:
+        if self._list is None or self._warned:
             return
         before = []
-        for callback in owner.callbacks:
+        for callback in self._list.callbacks:
             if callback is self:
                 break
-            before.append(callback)
-        if not before or self._warned:
+            if not isinstance(callback, _AtEpochEnd) and _hears_epochs(callback):
+                before.append(type(callback).__name__)
+        if not before:
             return
         self._warned = True
-        names = sorted(f"val_{name}" for name in self._measured or ())
+        name, logged = type(self).__name__, self._measured or {}
         warnings.warn(
-            f"{', '.join(type(one).__name__ for one in before)} came before "
-            f"{type(self).__name__} and did not see {', '.join(names)}: `fit` has no "
-            f"validation data this epoch. Put {type(self).__name__} first in "
-            "`callbacks`, or give `fit` its `validation_data`.",
+            f"{name} comes after {', '.join(before)} in `callbacks`, which did not see "
+            f"{' and '.join(f'val_{key}' for key in logged)}, for Keras has not "
+            f"evaluated in epoch {self._epoch + 1}. Put {name} first in `callbacks`, "
+            "or give `fit` its `validation_data`, for each epoch that is measured.",
             stacklevel=2,
         )
 
     def _accuracy(self, attack: Any) -> float:
-        return accuracy_under(attack, self.model, self._data, self._batch_size)
+        """The share of examples that the model gets right whatever an attack tries."""
+        if isinstance(self._x, np.ndarray) and isinstance(self._y, np.ndarray):
+            self._x, self._y = _dataset(self._x, self._y, self._batch_size), None
+        trial = Trial(attack, self.model, "attack", self._batch_size)
+        victim = Victim(self.model, getattr(attack, "from_logits", None))
+        survey = Survey(victim, [trial], sample_size=0)
+        with _randomness_kept():
+            survey.read(self._x, self._y, self._batch_size, verbose=0)
+        return trial.stands / survey.examples
 
 
 class RobustAccuracy(_AtEpochEnd):
@@ -125,14 +136,16 @@ class RobustAccuracy(_AtEpochEnd):
     without, it has to come first.
 
     Args:
-        attack: An attack of `advreg.attacks`, or a callable
-            `attack(model, x, y) -> x_adv`. Without a seed of its own it starts every
-            epoch from the same random points.
+        attack: An attack of `advreg.attacks`, which starts every epoch from the same
+            random points, or a callable `attack(model, x, y) -> x_adv`.
         validation_data: What to attack: `(x, y)`, a dataset, or anything else that
-            `evaluate` takes and that can be read again and again.
-        batch_size: Number of examples that go through the model at once.
-        frequency: Number of epochs from one measurement to the next.
-        name: What follows `val_` in the logs.
+            `fit` validates on and that can be read again and again. Weights count
+            nothing.
+        batch_size: Number of examples that go through the model at once. Small batches
+            are slow.
+        frequency: Number of epochs from one measurement to the next. Between them
+            nothing is logged, as with the `validation_freq` of `fit`.
+        name: What follows `val_` in the logs. Each callback needs its own.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -150,14 +163,16 @@ class RobustAccuracy(_AtEpochEnd):
         attack: Any,
         validation_data: Any,
         *,
-        batch_size: int = 32,
+        batch_size: int = 256,
         frequency: int = 1,
         name: str = "robust_accuracy",
     ) -> None:
         super().__init__(validation_data, batch_size, frequency)
         self._attack = _seeded("attack", attack)
         if not isinstance(name, str) or not name:
-            raise TypeError(f"`name` must be a string. Received: {show(name)}")
+            raise TypeError(
+                f"`name` must be a string that is not empty. Received: {show(name)}"
+            )
         self._name = name
 
     def measure(self) -> Mapping[str, float]:
@@ -171,17 +186,19 @@ class CatastrophicOverfitting(_AtEpochEnd):
     In single-step training, accuracy under iterative attacks may fall to nothing within
     an epoch, while that under a single step rises
     ([Wong et al., 2020](https://arxiv.org/abs/2001.03994)). Both are logged, as
-    `val_single_step_accuracy` and `val_iterative_accuracy`.
+    `val_single_step_accuracy` and `val_iterative_accuracy`. A gap between them draws a
+    warning, and the action.
 
     Args:
         attack: The iterative attack, such as `PGD(epsilon=0.3, iterations=10)`.
         validation_data: What to attack, as of `RobustAccuracy`.
         single_step: The single-step attack. `None` is `FGSM` of the same radius, norm,
-            range and mask.
+            range, mask and loss.
         max_gap: Share of the examples by which the single-step accuracy may exceed the
             iterative one.
         action: `"restore"` stops the training and goes back to the weights of the epoch
-            with the best iterative accuracy, `"stop"` stops, `"warn"` only warns.
+            with the best iterative accuracy, `"stop"` stops, `"warn"` only warns, once
+            for each time that the gap opens.
         batch_size: Number of examples that go through the model at once.
         frequency: Number of epochs from one measurement to the next.
 
@@ -202,18 +219,13 @@ class CatastrophicOverfitting(_AtEpochEnd):
         single_step: Any = None,
         max_gap: float = 0.5,
         action: str = "restore",
-        batch_size: int = 32,
+        batch_size: int = 256,
         frequency: int = 1,
     ) -> None:
         super().__init__(validation_data, batch_size, frequency)
         self._iterative = _seeded("attack", attack)
         if single_step is None:
-            if not isinstance(attack, Attack):
-                raise ValueError(
-                    "`single_step` must be given where `attack` is none of "
-                    f"`advreg.attacks`. Received: attack={attack!r}"
-                )
-            single_step = FGSM(**attack.surroundings())
+            single_step = _single_step(self._iterative)
         self._single_step = _seeded("single_step", single_step)
         if not is_number(max_gap) or not 0 < max_gap <= 1:
             raise ValueError(
@@ -225,13 +237,14 @@ class CatastrophicOverfitting(_AtEpochEnd):
                 f"{show(action)}"
             )
         self._max_gap, self._action = max_gap, action
-        self._best = -1.0
-        self._best_epoch: int | None = None
-        self._best_weights: Any = None
+        self._open = False
+        self._best, self._best_epoch, self._best_weights = -1.0, 0, None
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Forgets what was best in another training."""
-        self._best, self._best_epoch, self._best_weights = -1.0, None, None
+        """Forgets another training."""
+        super().on_train_begin(logs)
+        self._open = False
+        self._best, self._best_epoch, self._best_weights = -1.0, 0, None
 
     def measure(self) -> Mapping[str, float]:
         """Measures both accuracies."""
@@ -245,47 +258,47 @@ class CatastrophicOverfitting(_AtEpochEnd):
         super().on_epoch_end(epoch, logs)
         if self._measured is None:
             return
-        single, many = self._measured.values()
-        if single - many <= self._max_gap:
-            if many > self._best:
-                self._best, self._best_epoch = many, epoch
-                if self._action == "restore":
-                    self._best_weights = self.model.get_weights()
-            return
-        message = (
-            f"Catastrophic overfitting in epoch {epoch + 1}: accuracy is "
-            f"{100 * single:.1f} % under a single step, and {100 * many:.1f} % under "
-            "an iterative attack."
-        )
-        if self._action == "warn":
-            message += " Use random_init, a smaller step, or several iterations."
-        else:
+        single, iterative = self._measured.values()
+        opens = single - iterative > self._max_gap and not self._open
+        self._open = single - iterative > self._max_gap
+        if opens:
+            self._act(epoch, single, iterative)
+        elif not self._open and iterative > self._best:
+            self._best, self._best_epoch = iterative, epoch
+            if self._action == "restore":
+                self._best_weights = self.model.get_weights()
+
+    def _act(self, epoch: int, single: float, iterative: float) -> None:
+        """Warns, and does what `action` says."""
+        done = ""
+        if self._action != "warn":
             self.model.stop_training = True
-            message += " Training stops."
+            done = " Training stops."
         if self._best_weights is not None:
             self.model.set_weights(self._best_weights)
-            message += f" The weights are those of epoch {(self._best_epoch or 0) + 1}."
+            done += (
+                f" The weights are again those of epoch {self._best_epoch + 1}, with "
+                f"{100 * self._best:.1f} % under the iterative attack."
+            )
         elif self._action == "restore":
-            message += " No epoch before it was better: the weights stay."
-        warnings.warn(message, stacklevel=2)
+            done += " No epoch before was better, and so the weights stay as they are."
+        warnings.warn(
+            f"Catastrophic overfitting in epoch {epoch + 1}: the accuracy is "
+            f"{100 * single:.1f} % under a single step, but {100 * iterative:.1f} % "
+            f"under an iterative attack.{done} Train with `random_init=True`, a "
+            "smaller `adv_step_size`, or several `pgd_iterations`.",
+            stacklevel=2,
+        )
 
 
-def accuracy_under(
-    attack: Any, model: keras.Model, data: Any, batch_size: int = 32
-) -> float:
-    """The share of examples that a model gets right whatever an attack tries.
-
-    Args:
-        attack: An attack, as of `evaluate_robustness`.
-        model: The model.
-        data: `(x, y)`, or anything else that `evaluate` takes.
-        batch_size: Number of examples that go through the model at once.
-    """
-    x, y, *_ = data if isinstance(data, tuple) else (data, None)
-    trial = Trial(attack, model, "attack", batch_size)
-    survey = Survey(Victim(model, getattr(attack, "from_logits", None)), [trial], 0)
-    survey.read(x, y, batch_size, verbose=0)
-    return trial.stands / survey.examples
+def _single_step(attack: Any) -> FGSM:
+    """Makes the single-step attack that belongs to an iterative one."""
+    if not isinstance(attack, Attack):
+        raise ValueError(
+            "`single_step` must be given where `attack` is none of `advreg.attacks`, "
+            f"whose radius and range are known. Received: attack={show(attack)}"
+        )
+    return FGSM(**attack.surroundings(), loss=getattr(attack, "loss", None))
 
 
 def _seeded(name: str, attack: Any) -> Any:
@@ -304,3 +317,94 @@ def _seeded(name: str, attack: Any) -> Any:
     if isinstance(attack, Attack) and attack.seed is None:
         return dataclasses.replace(attack, seed=0)
     return attack
+
+
+def _unpacked(data: Any) -> tuple[Any, Any]:
+    """Checks validation data, and takes it apart as `fit` does."""
+    if isinstance(data, (tuple, list)):
+        if not 1 <= len(data) <= 3:
+            raise ValueError(
+                "`validation_data` must be `(x, y)`, `(x, y, sample_weight)`, or a "
+                f"dataset. Received: a {type(data).__name__} of {len(data)}"
+            )
+        x, y = (*data, None)[:2]
+        if isinstance(x, np.ndarray) and isinstance(y, np.ndarray):
+            _check_lengths(x, y)
+    else:
+        x, y = data, None
+    if x is None:
+        raise ValueError(
+            "`validation_data` must be what to attack: `(x, y)`, or a dataset. "
+            f"Received: {data!r}"
+        )
+    if isinstance(x, Iterator):
+        raise TypeError(
+            "`validation_data` is read again and again, which an iterator or generator "
+            "does not allow: pass arrays, a `tf.data.Dataset` or a "
+            f"`keras.utils.PyDataset`. Received: {show(x)}"
+        )
+    if (
+        isinstance(x, tf.data.Dataset)
+        and x.cardinality() == tf.data.INFINITE_CARDINALITY
+    ):
+        raise ValueError(
+            "`validation_data` must end, which a dataset that repeats for ever does "
+            f"not: use its `take`. Received: {x!r}"
+        )
+    return x, y
+
+
+def _check_lengths(x: np.ndarray, y: np.ndarray) -> None:
+    if not x.ndim or not y.ndim or len(x) != len(y) or not len(x):
+        raise ValueError(
+            "`validation_data` must hold as many examples as labels, one at least. "
+            f"Received: arrays of shape {x.shape} and {y.shape}"
+        )
+
+
+def _dataset(x: np.ndarray, y: np.ndarray, batch_size: int) -> tf.data.Dataset:
+    """Makes once what Keras would make of arrays in every epoch: a sixteenth of PGD-10.
+
+    Like Keras, it brings floats to the default type.
+    """
+    x, y = (
+        part.astype(keras.backend.floatx()) if part.dtype.kind == "f" else part
+        for part in (x, y)
+    )
+    return tf.data.Dataset.from_tensor_slices((x, y)).batch(batch_size)
+
+
+@contextlib.contextmanager
+def _randomness_kept() -> Iterator[None]:
+    """Gives training back the random state that it had.
+
+    Keras takes the seed of a generator that is given none from Python, and attacks that
+    are not of this library draw from NumPy.
+    """
+    state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        np.random.set_state(numpy_state)
+
+
+def _calling_list() -> Any:
+    """The `CallbackList` that calls the callback just now, `None` where none does.
+
+    Keras tells a callback its model, but not which training calls it, nor who else is
+    listening.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, keras.callbacks.CallbackList):
+            return caller
+        frame = frame.f_back
+    return None
+
+
+def _hears_epochs(callback: keras.callbacks.Callback) -> bool:
+    """Whether a callback does anything at the end of an epoch."""
+    heard = getattr(callback.on_epoch_end, "__func__", callback.on_epoch_end)
+    return heard is not keras.callbacks.Callback.on_epoch_end

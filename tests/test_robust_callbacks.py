@@ -1,0 +1,530 @@
+"""advreg's own callbacks; those of Keras on the wrapper are in test_callbacks.py."""
+
+import csv
+import random
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from models import busy_base, classifier, cross_entropy, labelled, regularized, rows
+
+from advreg import evaluate_robustness, make_adv_reg_config
+from advreg.attacks import FGSM, PGD, RandomNoise
+from advreg.callbacks import CatastrophicOverfitting, RobustAccuracy
+
+X, Y = labelled(24)
+VALIDATION = rows(20, 6, seed=5), np.arange(20) % 3
+ATTACK = PGD(epsilon=0.1, iterations=3)
+KEY = "val_robust_accuracy"
+
+
+def plain(base=None, **kwargs):
+    model = base or classifier()
+    kwargs = {"metrics": ["accuracy"], **kwargs}
+    model.compile(keras.optimizers.SGD(0.5), cross_entropy(), **kwargs)
+    return model
+
+
+def wrapped(base=None, **kwargs):
+    return regularized(
+        base or classifier(),
+        make_adv_reg_config(0.5, adv_step_size=0.1),
+        optimizer=keras.optimizers.SGD(0.5),
+        **{"metrics": ["accuracy"], **kwargs},
+    )
+
+
+def fit(model, *callbacks, epochs=3, **kwargs):
+    arguments = {"batch_size": 8, "validation_data": VALIDATION, "verbose": 0}
+    return model.fit(
+        X, Y, epochs=epochs, callbacks=list(callbacks), **arguments | kwargs
+    ).history
+
+
+def robust(attack=ATTACK, data=VALIDATION, **kwargs):
+    return RobustAccuracy(attack, data, **kwargs)
+
+
+def accuracy(model, attack, data=VALIDATION):
+    """What `evaluate_robustness` finds."""
+    x, y, *_ = data if isinstance(data, tuple) else (data, None)
+    report = evaluate_robustness(model, x, y, attacks=attack, verbose=0)
+    return report.results[0].accuracy
+
+
+class Seen(keras.callbacks.Callback):
+    """Keeps what it hears at the end of every epoch, and of the training."""
+
+    def __init__(self, *names):
+        super().__init__()
+        self.names = names or (KEY,)
+        self.epochs, self.end = [], None
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.epochs.append([logs.get(name) for name in self.names])
+
+    def on_train_end(self, logs=None):
+        self.end = [logs.get(name) for name in self.names]
+
+
+class Each(keras.callbacks.Callback):
+    """Calls a function at the end of every epoch, and keeps what it returns."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.results = function, []
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.results.append(self.function(self.model))
+
+
+# RobustAccuracy: what it measures
+
+
+@pytest.mark.parametrize("make", [plain, wrapped])
+def test_logs_what_evaluate_robustness_finds(make, mode):
+    attack = PGD(epsilon=0.5, iterations=3, seed=7)
+    expected = Each(lambda model: accuracy(model, attack))
+    history = fit(make(**mode), robust(attack), expected)
+    assert history[KEY] == expected.results
+    assert all(type(value) is float for value in history[KEY])
+    clean = history["val_accuracy"]
+    assert sum(history[KEY]) < sum(clean)
+
+
+def test_an_attack_without_a_seed_starts_every_epoch_from_the_same_points():
+    attack = RandomNoise(epsilon=1.0)
+    seen = Seen()
+    model = plain()
+    model.optimizer.learning_rate = 0.0
+    fit(model, robust(attack), seen, epochs=4)
+    assert len({value for (value,) in seen.epochs}) == 1
+    assert attack.seed is None
+
+
+class Batches(keras.utils.PyDataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        part = slice(5 * index, 5 * index + 5)
+        return VALIDATION[0][part], VALIDATION[1][part]
+
+
+def dataset():
+    return tf.data.Dataset.from_tensor_slices(VALIDATION).batch(6)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        lambda: list(VALIDATION),
+        lambda: (*VALIDATION, np.zeros(20, "float32")),
+        dataset,
+        lambda: (dataset(),),
+        lambda: dataset().batch(1).unbatch(),
+        Batches,
+        lambda: (VALIDATION[0], np.eye(3)[VALIDATION[1]]),
+        lambda: (tf.constant(VALIDATION[0]), tf.constant(VALIDATION[1])),
+    ],
+)
+def test_forms_of_validation_data(data):
+    model = plain()
+    (value,) = fit(model, robust(data=data()), epochs=1)[KEY]
+    assert value == accuracy(model, PGD(epsilon=0.1, iterations=3, seed=0))
+
+
+def test_labels_inside_a_dictionary():
+    inputs = {"x": keras.Input((6,), name="x")}
+    model = wrapped(keras.Model(inputs, classifier()(inputs["x"])))
+    train = {"x": X, "label": Y}
+    data = {"x": VALIDATION[0], "label": VALIDATION[1]}
+    history = model.fit(
+        train,
+        epochs=2,
+        validation_data=(data,),
+        callbacks=[robust(data=data)],
+        verbose=0,
+    ).history
+    attack = PGD(epsilon=0.1, iterations=3, seed=0)
+    assert history[KEY][-1] == accuracy(model, attack, data)
+
+
+def test_one_hot_labels_and_probabilities():
+    model = keras.Sequential([classifier(), keras.layers.Softmax()])
+    model.compile("sgd", "categorical_crossentropy")
+    data = VALIDATION[0], np.eye(3)[VALIDATION[1]]
+    one_hot = np.eye(3)[Y]
+    (value,) = model.fit(
+        X, one_hot, validation_data=data, callbacks=[robust(data=data)], verbose=0
+    ).history[KEY]
+    assert value == accuracy(model, PGD(epsilon=0.1, iterations=3, seed=0), data)
+
+
+# RobustAccuracy: who sees it
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_its_place_does_not_matter_where_fit_validates(first, mode):
+    seen, measured = Seen(), robust()
+    callbacks = (measured, seen) if first else (seen, measured)
+    history = fit(plain(**mode), *callbacks)
+    assert [value for (value,) in seen.epochs] == history[KEY]
+    assert seen.end == [history[KEY][-1]]
+    assert len(history[KEY]) == 3
+
+
+def test_without_validation_data_it_comes_first_in_silence():
+    seen = Seen()
+    history = fit(plain(), robust(), seen, validation_data=None)
+    assert [value for (value,) in seen.epochs] == history[KEY]
+    assert seen.end == [history[KEY][-1]]
+    assert "val_loss" not in history
+
+
+def test_without_validation_data_another_order_draws_one_warning():
+    seen = Seen()
+    quiet = keras.callbacks.Callback()  # It reads nothing, so it may come first.
+    with pytest.warns(UserWarning, match="RobustAccuracy") as warned:
+        history = fit(plain(), quiet, seen, robust(), validation_data=None)
+    assert [str(warning.message) for warning in warned] == [
+        "RobustAccuracy comes after Seen in `callbacks`, which did not see "
+        "val_robust_accuracy, for Keras has not evaluated in epoch 1. Put "
+        "RobustAccuracy first in `callbacks`, or give `fit` its `validation_data`, "
+        "for each epoch that is measured."
+    ]
+    assert seen.epochs == [[None]] * 3
+    assert len(history[KEY]) == 3
+
+
+def test_every_training_is_warned_of():
+    model, measured = plain(), robust()
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="Put RobustAccuracy first"):
+            fit(model, Seen(), measured, validation_data=None)
+
+
+def test_epochs_that_fit_does_not_validate():
+    seen = Seen()
+    with pytest.warns(UserWarning, match="Keras has not evaluated in epoch 1") as all_:
+        history = fit(plain(), seen, robust(), epochs=4, validation_freq=2)
+    assert len(all_) == 1
+    assert len(history[KEY]) == 4
+    # Its first measurement within an evaluation took it to the front.
+    assert [value for (value,) in seen.epochs] == [None, *history[KEY][1:]]
+
+
+def test_frequencies_that_agree_draw_no_warning():
+    seen = Seen()
+    history = fit(plain(), seen, robust(frequency=2), epochs=5, validation_freq=2)
+    assert len(history[KEY]) == 2
+    a, b = history[KEY]
+    assert seen.epochs == [[None], [a], [None], [b], [None]]
+    assert seen.end == [None]
+
+
+def test_two_attacks_under_two_names():
+    weak = robust(FGSM(epsilon=0.1), name="weak")
+    strong = robust(PGD(epsilon=1.0, iterations=5), name="strong")
+    for validation in (VALIDATION, None):
+        names = "val_weak", "val_strong"
+        seen = Seen(*names)
+        history = fit(plain(), weak, strong, seen, validation_data=validation)
+        expected = [history[name] for name in names]
+        assert seen.epochs == [list(pair) for pair in zip(*expected, strict=True)]
+        assert sum(history["val_weak"]) > sum(history["val_strong"])
+
+
+@pytest.mark.parametrize("name", ["robust_accuracy", "accuracy"])
+def test_a_name_that_is_taken(name):
+    with pytest.raises(ValueError, match=f"logs 'val_{name}', which is there already"):
+        fit(plain(), robust(), robust(name=name))
+
+
+def test_early_stopping_and_checkpoint_choose_by_it(tmp_path):
+    stopping = keras.callbacks.EarlyStopping(
+        KEY, mode="max", patience=2, restore_best_weights=True
+    )
+    best, each = (
+        keras.callbacks.ModelCheckpoint(
+            tmp_path / name,
+            monitor=KEY,
+            mode="max",
+            save_best_only=name == "best.keras",
+        )
+        for name in ("best.keras", "{epoch:02d} {val_robust_accuracy:.2f}.keras")
+    )
+    attack = PGD(epsilon=0.1, iterations=3, seed=0)
+    model = plain()
+    history = fit(model, stopping, best, each, robust(attack), epochs=30)[KEY]
+    top = int(np.argmax(history))
+    assert 2 <= len(history) < 30
+    assert stopping.stopped_epoch == len(history) - 1 == top + 2
+    assert stopping.best == max(history) > min(history)
+    assert accuracy(model, attack) == max(history)
+    saved = keras.models.load_model(tmp_path / "best.keras")
+    assert accuracy(saved, attack) == max(history)
+    names = {
+        f"{epoch + 1:02d} {value:.2f}.keras" for epoch, value in enumerate(history)
+    }
+    assert {path.name for path in tmp_path.iterdir()} == {"best.keras", *names}
+
+
+def test_csv_logger_and_tensorboard_write_it(tmp_path):
+    pytest.importorskip("tensorboard")
+    logger = keras.callbacks.CSVLogger(tmp_path / "log.csv")
+    board = keras.callbacks.TensorBoard(tmp_path)
+    history = fit(wrapped(), logger, board, robust())[KEY]
+    with (tmp_path / "log.csv").open() as file:
+        assert [float(row[KEY]) for row in csv.DictReader(file)] == history
+    written = []
+    for path in (tmp_path / "validation").glob("events*"):
+        for record in tf.data.TFRecordDataset(str(path)):
+            for value in tf.compat.v1.Event.FromString(record.numpy()).summary.value:
+                if value.tag == "epoch_robust_accuracy":
+                    written.append(float(tf.make_ndarray(value.tensor)))
+    np.testing.assert_allclose(written, history, rtol=1e-6)
+
+
+def test_the_progress_bar_shows_it(capsys):
+    fit(plain(), robust(), epochs=1, verbose=2)
+    assert f"{KEY}: 0." in capsys.readouterr().out
+
+
+def test_evaluations_that_others_start_are_left_alone():
+    measured = robust()
+    results = Each(lambda model: model.evaluate(*VALIDATION, verbose=0))
+    history = fit(plain(), results, measured)
+    assert [accuracy for _, accuracy in results.results] == history["val_accuracy"]
+    model = plain()
+    logs = model.evaluate(
+        *VALIDATION, callbacks=[measured], return_dict=True, verbose=0
+    )
+    assert set(logs) == {"loss", "accuracy"}
+
+
+# RobustAccuracy: what it leaves alone
+
+
+class Draws:
+    """An attack that nothing is known of, and that draws random numbers."""
+
+    def __call__(self, model, x, y):
+        return x + np.float32(random.random()) * np.random.rand(*x.shape)
+
+
+@pytest.mark.parametrize("make", [plain, wrapped])
+@pytest.mark.parametrize(
+    "attack", [ATTACK, PGD(epsilon=0.1, iterations=2, seed=3), Draws()]
+)
+def test_training_is_the_same_bit_for_bit(make, attack):
+    class Shuffled(keras.utils.PyDataset):
+        """Every batch is drawn anew, from Python's and NumPy's random state."""
+
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            chosen = np.random.permutation(24)[: random.randint(5, 9)]
+            return X[chosen], Y[chosen]
+
+    def run(*callbacks):
+        keras.utils.set_random_seed(1)
+        model = make(busy_base())
+        history = model.fit(
+            Shuffled(),
+            epochs=3,
+            validation_data=VALIDATION,
+            callbacks=list(callbacks),
+            verbose=0,
+        ).history
+        history |= fit(model, *callbacks)  # Shuffled by Keras, this one.
+        draws = random.random(), np.random.rand(), keras.random.uniform(())
+        state = [variable.numpy() for variable in model.variables]
+        return history, state, [float(draw) for draw in draws]
+
+    history, state, draws = run()
+    with_it, state_with_it, draws_with_it = run(robust(attack))
+    assert KEY in with_it
+    assert {name: with_it[name] for name in history} == history
+    assert draws_with_it == draws
+    for left, right in zip(state_with_it, state, strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+class Counting(keras.layers.Layer):
+    """Counts how often it is traced, or called eagerly."""
+
+    traces = 0
+
+    def call(self, inputs):
+        type(self).traces += 1
+        return inputs
+
+
+def test_attacks_are_compiled_once():
+    model = plain(
+        keras.Sequential([keras.Input((6,)), Counting(), *classifier().layers])
+    )
+    counts = Each(lambda model: Counting.traces)
+    # Batches of several sizes, and a last one that is smaller.
+    fit(model, robust(batch_size=7), counts, epochs=4)
+    assert counts.results[0] == counts.results[-1]
+    before = Counting.traces
+    fit(model, robust(PGD(epsilon=0.3, iterations=5), batch_size=3), epochs=2)
+    assert Counting.traces == before
+
+
+class Break(keras.callbacks.Callback):
+    def __init__(self, epoch):
+        super().__init__()
+        self.at, self.epoch = epoch, None
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.epoch == self.at and batch == 1:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("make", [plain, wrapped])
+def test_an_interrupted_training_leaves_no_trace(make):
+    model, measured = make(), robust()
+    fit(model, epochs=1)
+    before = set(vars(model)) | {"_advreg_compiled"}
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, measured, Break(1))
+    assert set(vars(model)) <= before
+    assert set(model.evaluate(*VALIDATION, return_dict=True, verbose=0)) == {
+        "loss",
+        "accuracy",
+    }
+    assert KEY not in fit(model)
+    seen = Seen()
+    history = fit(model, seen, measured)
+    assert [value for (value,) in seen.epochs] == history[KEY]
+
+
+def test_an_interrupted_measurement_leaves_no_trace():
+    def attack(model, x, y):
+        raise KeyboardInterrupt
+
+    model = plain()
+    state = random.getstate()
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, robust(attack))
+    random.setstate(state)
+    assert KEY not in fit(model)
+    assert "evaluate" not in vars(model)
+
+
+def test_one_callback_serves_several_models():
+    measured = robust()
+    first, second = (fit(make(), measured)[KEY] for make in (plain, wrapped))
+    assert len(first) == len(second) == 3
+
+
+def test_without_a_list_of_callbacks():
+    """As a loop of one's own may call it."""
+    model, measured, logs = plain(), robust(), {}
+    fit(model)
+    measured.set_model(model)
+    measured.on_train_begin()
+    measured.on_epoch_begin(0)
+    measured.on_epoch_end(0, logs)
+    measured.on_epoch_begin(1)
+    measured.on_epoch_end(1)
+    assert logs == {KEY: accuracy(model, PGD(epsilon=0.1, iterations=3, seed=0))}
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("make", [RobustAccuracy, CatastrophicOverfitting])
+@pytest.mark.parametrize(
+    ("attack", "data", "error", "message"),
+    [
+        (
+            PGD,
+            VALIDATION,
+            TypeError,
+            r"`attack` must be an attack, such as .*Received:",
+        ),
+        ("pgd", VALIDATION, TypeError, r"`attack` must be an attack.*Received: 'pgd'"),
+        (None, VALIDATION, TypeError, "`attack` must be an attack.*Received: None"),
+        (
+            PGD(0.1, targeted=True),
+            VALIDATION,
+            ValueError,
+            r"`attack` must not be targeted.*Received: PGD\(",
+        ),
+        (ATTACK, None, ValueError, r"`validation_data` must be.*Received: None"),
+        (ATTACK, (None, Y), ValueError, r"`validation_data` must be.*Received: \(None"),
+        (ATTACK, (), ValueError, r"`validation_data` must be.*a tuple of 0"),
+        (ATTACK, (X, Y, Y, Y), ValueError, r"`validation_data` must.*a tuple of 4"),
+        (ATTACK, (X, Y[:5]), ValueError, r"`validation_data` .* \(24, 6\) and \(5,\)"),
+        (ATTACK, (X[:0], Y[:0]), ValueError, r"`validation_data` .* \(0, 6\) and"),
+        (
+            ATTACK,
+            iter([VALIDATION]),
+            TypeError,
+            r"`validation_data` is read again and again.*Received: <list_iterator",
+        ),
+        (
+            ATTACK,
+            dataset().repeat(),
+            ValueError,
+            "`validation_data` must end.*Received: <_RepeatDataset",
+        ),
+    ],
+)
+def test_wrong_arguments(make, attack, data, error, message):
+    with pytest.raises(error, match=message):
+        make(attack, data)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"batch_size": 0}, ValueError, "`batch_size` must be at least 1.*Received: 0"),
+        ({"batch_size": 2.5}, TypeError, "`batch_size` must be an integer.*2.5"),
+        ({"frequency": 0}, ValueError, "`frequency` must be at least 1.*Received: 0"),
+        ({"frequency": True}, TypeError, "`frequency` must be an integer.*True"),
+        ({"name": ""}, TypeError, "`name` must be a string that is not empty.*''"),
+        ({"name": 3}, TypeError, "`name` must be a string.*Received: 3"),
+    ],
+)
+def test_wrong_options(kwargs, error, message):
+    with pytest.raises(error, match=message):
+        robust(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"max_gap": 0}, ValueError, r"`max_gap` must be a number in \(0, 1\].*: 0 "),
+        ({"max_gap": 1.5}, ValueError, r"`max_gap` must be .*Received: 1.5"),
+        ({"max_gap": "wide"}, ValueError, "`max_gap` must be .*Received: 'wide'"),
+        ({"max_gap": np.nan}, ValueError, "`max_gap` must be .*Received: nan"),
+        ({"action": "explode"}, ValueError, "`action` must be 'restore', .*'explode'"),
+        ({"single_step": FGSM}, TypeError, "`single_step` must be an attack"),
+        ({"frequency": 0}, ValueError, "`frequency` must be at least 1"),
+    ],
+)
+def test_wrong_options_of_the_watch(kwargs, error, message):
+    with pytest.raises(error, match=message):
+        CatastrophicOverfitting(ATTACK, VALIDATION, **kwargs)
+
+
+def test_a_callable_needs_its_single_step():
+    with pytest.raises(
+        ValueError, match=r"`single_step` must be given.*Received: attack"
+    ):
+        CatastrophicOverfitting(lambda model, x, y: x, VALIDATION)
+
+
+def test_labels_that_do_not_fit_the_model():
+    with pytest.raises(ValueError, match="`y` must hold classes from 0 to 2"):
+        fit(plain(), robust(data=(VALIDATION[0], np.full(20, 3))))
