@@ -1,7 +1,7 @@
 """Adversarial regularisation for Keras 3: wrap a model, `compile`, `fit`."""
 
 from advreg import _backend as _backend  # First: it checks Keras's backend.
-from advreg import attacks
+from advreg import attacks, callbacks
 from advreg._version import __version__
 from advreg.config import (
     AdvNeighborConfig,
@@ -23,6 +23,7 @@ __all__ = [
     "__version__",
     "adversarial_loss",
     "attacks",
+    "callbacks",
     "evaluate_robustness",
     "gen_adv_neighbor",
     "make_adv_reg_config",

@@ -202,11 +202,11 @@ class _Foreign:
     ) -> None:
         own = getattr(attack, "from_logits", None)
         self._attack, self._model = attack, model
-        self._victim = Victim(model, from_logits if own is None else own)
+        self.victim = Victim(model, from_logits if own is None else own)
         low = getattr(attack, "clip_value_min", None)
         high = getattr(attack, "clip_value_max", None)
         self._threat = Threat(0.0, NormType.INFINITY, None, low, high)
-        self._scene = Scene(self._victim, self._threat, classify=True)
+        self._scene = Scene(self.victim, self._threat, classify=True)
         self._options = {}
         if _takes(attack, "batch_size"):
             self._options["batch_size"] = batch_size
@@ -221,7 +221,7 @@ class _Foreign:
     def play(self, round_: Round, rows: Rows, seed: Any) -> Outcome:
         """Calls the attack on a batch, and looks at what it returns."""
         count = size(rows)
-        fixed = self._victim.fixed_batch
+        fixed = self.victim.fixed_batch
         if fixed is not None:  # The rows beyond the last one are copies of it.
             rows = take(rows, np.minimum(np.arange(max(fixed, count)), count - 1))
         features = rows["features"]
@@ -238,12 +238,12 @@ class _Foreign:
         displacement = (self._scene.ball({"features": moved}).x - ball.x).numpy()
         # A value that was not finite, and still is not, has not moved.
         displacement = np.where(np.isfinite(ball.x), displacement, 0.0)
-        form = self._victim.output_form(features)
+        form = self.victim.output_form(features)
 
         def predict(features: Features) -> Tensor:
-            return form.predicted(self._victim.outputs(features))
+            return form.predicted(self.victim.outputs(features))
 
-        predicted = self._victim.compile("predict", predict, moved)(moved)
+        predicted = self.victim.compile("predict", predict, moved)(moved)
         fooled = (predicted != rows["classes"]).numpy()
         return Outcome(fooled[:count], displacement[:count], np.zeros(count))
 

@@ -28,8 +28,12 @@ def test_public_names():
         "AdvRegConfig",
         "AdversarialRegularization",
         "NormType",
+        "RobustnessReport",
         "__version__",
         "adversarial_loss",
+        "attacks",
+        "callbacks",
+        "evaluate_robustness",
         "gen_adv_neighbor",
         "make_adv_reg_config",
     ]
@@ -75,7 +79,7 @@ def test_another_backend_is_refused(code, backend):
 @pytest.mark.slow
 def test_the_example_of_the_readme_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     pytest.importorskip("sklearn")
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    example = "\n".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(compile(example, "README.md", "exec"), names)
@@ -86,3 +90,11 @@ def test_the_example_of_the_readme_runs_as_it_stands(tmp_path, monkeypatch, caps
     out = capsys.readouterr().out
     assert "clean: [" in out
     assert "perturbed: [" in out
+    # What perturbed one step of this model is what its report calls FGSM.
+    report = names["report"]
+    assert str(report) in out
+    assert report.results[0].accuracy == pytest.approx(
+        model.evaluate(x_adv, y, verbose=0)[1], abs=0.01
+    )
+    assert report.robust_accuracy > 0.5
+    assert not report.warnings
