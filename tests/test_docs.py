@@ -7,6 +7,8 @@ import re
 import pytest
 from test_parity import CASES
 
+from advreg import attacks, honesty
+
 TESTS = pathlib.Path(__file__).parent
 TABLE = (TESTS.parent / "docs" / "keras.md").read_text()
 ROWS = [line.split("|")[1:-1] for line in TABLE.splitlines() if line.startswith("| ")]
@@ -29,6 +31,13 @@ def test_each_row_is_proved_by_tests_that_exist(row):
         else:
             module, function = name.split(".")
             assert function in functions_of(module)
+
+
+def test_the_page_on_evaluation_names_all_attacks_and_checks():
+    page = (TESTS.parent / "docs" / "evaluation.md").read_text()
+    first = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    named = set(re.findall(r"`(\w+)", " ".join(first)))
+    assert {*attacks.__all__, *honesty.CHECKS} <= named | {"Attack"}
 
 
 def test_each_case_of_the_grid_is_in_a_row():
