@@ -102,7 +102,7 @@ class _Probes:
     def width(self, attack: Attack) -> float:
         """The width of the range, or of the data where no range was stated.
 
-        It is never below the radius of the attack.
+        A radius in the infinity norm may be larger than the width of the data.
         """
         ball = attack.scene(self._model, self._from_logits).ball(self.rows)
         low, high = (bound.numpy() for bound in ball.range)
@@ -110,7 +110,9 @@ class _Probes:
         x = ball.x.numpy()
         x = x[np.isfinite(x)]
         width = widths.max(initial=0.0) or np.ptp(x)
-        return max(float(width), attack.epsilon)
+        if attack.norm is NormType.INFINITY:
+            return max(float(width), attack.epsilon)
+        return float(width)
 
     def fooled(
         self, trials: Sequence[Trial], norm: NormType, epsilon: float
