@@ -17,12 +17,20 @@ from advreg import honesty
 from advreg.attacks.base import Attack
 from advreg.attacks.engine import Rows, size, take
 from advreg.attacks.losses import cross_entropy
+from advreg.attacks.transfer import Transfer
 from advreg.attacks.victim import Victim
 from advreg.checks import count, is_number, length, show
 from advreg.geometry import Tensor
 from advreg.packing import Features
 from advreg.perturbation import differentiable, select
-from advreg.report import INTERRUPTED, Accuracy, Check, RobustnessReport, in_words
+from advreg.report import (
+    INTERRUPTED,
+    SYMBOLS,
+    Accuracy,
+    Check,
+    RobustnessReport,
+    in_words,
+)
 from advreg.trials import STANDS, UNKNOWN, Marks, Trial, balls, sample
 
 
@@ -323,14 +331,14 @@ def _at_radii(attack: Any, epsilons: Any) -> list[Any]:
 
 
 def _names(attacks: Sequence[Any]) -> list[str]:
-    """Names attacks so that no two that differ in more than the radius share one."""
+    """Names attacks so that no two share a name that differ in more than the ball."""
     known: dict[str, list[str]] = {}
     names = []
     for attack in attacks:
         name = getattr(attack, "name", None) or getattr(attack, "__name__", None)
         name = str(name or type(attack).__name__)
-        settings = _settings_but_radius(attack)
-        others = known.setdefault(name, [])
+        settings = _settings_but_ball(attack)
+        others = known.setdefault(f"{name} {getattr(attack, 'norm', None)}", [])
         if settings not in others:
             others.append(settings)
         place = others.index(settings)
@@ -338,13 +346,15 @@ def _names(attacks: Sequence[Any]) -> list[str]:
     return names
 
 
-def _settings_but_radius(attack: Any) -> str:
+def _settings_but_ball(attack: Any) -> str:
+    if isinstance(attack, Transfer):
+        return f"{_settings_but_ball(attack.attack)} on {id(attack.source_model)}"
     if not isinstance(attack, Attack):
         return repr(attack)
     settings = {
         field.name: repr(getattr(attack, field.name))
         for field in dataclasses.fields(attack)
-        if field.name not in ("epsilon", "step_size")
+        if field.name not in ("epsilon", "norm", "step_size")
     }
     step_size = getattr(attack, "step_size", None)
     if step_size is not None and attack.epsilon:
@@ -353,7 +363,10 @@ def _settings_but_radius(attack: Any) -> str:
 
 
 def _label(trial: Trial) -> str:
-    return trial.name if trial.epsilon is None else f"{trial.name} {trial.epsilon:.3g}"
+    """What the progress bar calls a trial."""
+    norm = "" if trial.norm is None else SYMBOLS[trial.norm.value]
+    radius = "" if trial.epsilon is None else f"{trial.epsilon:.3g}"
+    return " ".join(part for part in (trial.name, norm, radius) if part)
 
 
 def _alike(one: Rows, other: Rows) -> bool:

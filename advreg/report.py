@@ -201,7 +201,8 @@ class RobustnessReport:
         """Draws accuracy against radius, a line for each attack.
 
         Args:
-            ax: Matplotlib axes to draw into, by default those of a new figure.
+            ax: Matplotlib axes to draw into, by default those of a new figure, which
+                has a title.
 
         Returns:
             The axes. Their `figure` can be saved.
@@ -214,12 +215,20 @@ class RobustnessReport:
         """
         from advreg import plots  # Reports are read where no figure is ever drawn.
 
-        return plots.robustness_curves(self, ax=ax)
+        axes = plots.robustness_curves(self, ax=ax)
+        if ax is None:
+            # To Matplotlib a dollar sign begins a formula.
+            title = textwrap.fill(self._subject().replace("$", r"\$"), 60)
+            axes.set_title(title, fontsize=11)
+        return axes
 
     def _title(self) -> str:
+        return f"{self._subject()}, {self.seconds:.1f} s"
+
+    def _subject(self) -> str:
         seen = f"{self.examples:,} example{'s' * (self.examples != 1)}"
         part = "" if self.complete else ", interrupted before the end of the data"
-        return f"Robustness of {self.model!r}: {seen}{part}, {self.seconds:.1f} s"
+        return f"Robustness of {self.model!r}: {seen}{part}"
 
     def _rows(self) -> list[list[str]]:
         worst = self.worst_cases if len(self.results) > 1 else ()

@@ -13,7 +13,7 @@ from keras import layers
 from models import classifier, cross_entropy, rows
 
 from advreg import AdversarialRegularization, evaluate_robustness
-from advreg.attacks import APGD, BIM, FGSM, PGD, AutoAttack, RandomNoise
+from advreg.attacks import APGD, BIM, FGSM, PGD, AutoAttack, RandomNoise, Transfer
 from advreg.report import INTERRUPTED, RobustnessReport
 
 X = rows(83, 6)
@@ -188,8 +188,8 @@ def test_radii_replace_those_of_attacks_and_scale_their_steps(setting):
         ("counting", None),
     ]
     expected = [
-        BIM(0.25, step_size=0.125, iterations=3),
-        BIM(0.5, step_size=0.25, iterations=3),
+        BIM(0.25, step_size=0.0625, iterations=3),
+        BIM(0.5, step_size=0.125, iterations=3),
         FGSM(0.25, norm="l2"),
         FGSM(0.5, norm="l2"),
     ]
@@ -206,18 +206,25 @@ def test_at_a_radius_of_zero_accuracy_is_clean(setting):
     assert {correct for _, _, correct, _ in numbers(report)} == {(~WRONG).sum()}
 
 
-def test_attacks_that_differ_have_names_that_differ(setting):
+def test_attacks_that_differ_in_more_than_the_ball_have_names_that_differ(setting):
     model, y = setting
-    attacks = [
-        FGSM(0.1),
-        FGSM(0.2),
-        FGSM(0.1, loss="margin"),
-        BIM(0.1, iterations=2),
-        BIM(0.2, iterations=2, step_size=0.1),
-        lambda m, x, y: x,
-    ]
-    names = [line.name for line in evaluate(model, X, y, attacks=attacks).results]
-    assert names == ["FGSM", "FGSM", "FGSM (2)", "BIM-2", "BIM-2 (2)", "<lambda>"]
+    other = keras.models.clone_model(model)
+    attacks = {
+        FGSM(0.1): "FGSM",
+        FGSM(0.2): "FGSM",
+        FGSM(0.2, norm="l2"): "FGSM",
+        FGSM(0.1, loss="margin"): "FGSM (2)",
+        BIM(0.1, iterations=2): "BIM-2",
+        BIM(0.2, iterations=2, step_size=0.1): "BIM-2 (2)",
+        BIM(0.1, iterations=2, step_size=0.05): "BIM-2 (2)",
+        Transfer(FGSM(0.1), model): f"FGSM on {model.name}",
+        Transfer(FGSM(0.2), model): f"FGSM on {model.name}",
+        Transfer(FGSM(0.2), other): f"FGSM on {model.name} (2)",
+        Counting(): "counting",
+        Counting(): "counting (2)",
+    }
+    report = evaluate(model, X, y, attacks=list(attacks))
+    assert [line.name for line in report.results] == list(attacks.values())
 
 
 def test_the_threat_model_is_told(setting):
@@ -549,7 +556,7 @@ def test_the_progress_bar_shows_accuracies_so_far(setting, capsys):
     report = evaluate(model, X, y, attacks=FGSM(0.3), verbose=2)
     shown = capsys.readouterr().out
     assert f"clean: {report.clean_accuracy:.4f}" in shown
-    assert "FGSM 0.3: 0." in shown
+    assert "FGSM L∞ 0.3: 0." in shown
     evaluate(model, X, y, attacks=FGSM(0.3), verbose=0)
     assert not capsys.readouterr().out
 

@@ -305,6 +305,17 @@ def test_a_report_draws_into_axes_that_it_is_given():
     assert len(ax.get_lines()) == 3
 
 
+def test_a_figure_of_its_own_has_a_title():
+    ax = report(model="of_$x$" + 80 * "n", complete=False).plot()
+    title = ax.get_title()
+    assert title.startswith(r"Robustness of 'of_\$x\$nn")
+    assert "40 examples, interrupted" in title.replace("\n", " ")
+    ax.figure.canvas.draw()  # Which reads formulae.
+    from matplotlib.figure import Figure
+
+    assert not report().plot(ax=Figure().subplots()).get_title()
+
+
 def test_every_norm_has_a_line_of_its_own():
     results = (
         line(epsilon=0.1, norm="infinity"),
