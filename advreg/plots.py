@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -29,6 +30,21 @@ def figure_class() -> type:
         ImportError: The extra `demo` is not installed.
     """
     return import_extra("matplotlib.figure", "demo").Figure
+
+
+def check_format(path: Path) -> None:
+    """Checks that Matplotlib can write a figure of the format that a name ends in.
+
+    Raises:
+        ImportError: The extra `demo` is not installed.
+        ValueError: It cannot.
+    """
+    kind = path.suffix[1:].lower()
+    known = figure_class()().canvas.get_supported_filetypes()
+    if kind not in known:
+        raise ValueError(
+            f"`figure` must end in one of {', '.join(sorted(known))}. Received: {path}"
+        )
 
 
 def perturbation_grid(
