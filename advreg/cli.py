@@ -10,6 +10,7 @@ import dataclasses
 import math
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -369,10 +370,15 @@ def _load(path: Path) -> keras.Model:
             f"{str(path)!r}, which {'is a directory' if path.is_dir() else 'is absent'}"
         )
     try:
-        model = keras.models.load_model(path)
+        with warnings.catch_warnings():
+            # No optimizer is needed here.
+            warnings.filterwarnings("ignore", "Skipping variable loading for optimi")
+            model = keras.models.load_model(path)
     # What a damaged or foreign file raises depends on what is wrong with it.
     except Exception as error:
-        said = " ".join(str(error).split())
+        # Between what Keras says are configurations, pages of them.
+        said = " ".join(str(error).split()).split("Exception encountered: ")[-1]
+        said = said.split(" Full object config")[0]
         hint = ""
         if "register_keras_serializable" in said:
             hint = (

@@ -361,7 +361,7 @@ def test_the_same_network_in_another_form(kind, model_file, tmp_path):
         ("--iterations 0", "--iterations must be at least 1 and fit 32 bits. Received"),
         (
             "--attacks fgsm --iterations 5",
-            "--iterations is for apgd, autoattack, bim, pgd, square, and means nothing "
+            "--iterations is for apgd, autoattack, bim, pgd, and means nothing "
             "to the attacks that are asked for. Received: fgsm",
         ),
         ("--restarts 0", "--restarts must be at least 1 and fit 32 bits. Received: 0"),
