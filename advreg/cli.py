@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
+import tensorflow as tf
 
 from advreg import attacks, datasets, demo, plots
 from advreg._version import __version__
 from advreg.attacks.base import check_norm
-from advreg.config import NormType
+from advreg.checks import count
 from advreg.datasets import DatasetError
 from advreg.evaluation import evaluate_robustness
 
@@ -197,7 +201,10 @@ def _add_evaluate(commands: Any) -> None:
         help="steps of each iterative attack (default: its own)",
     )
     parser.add_argument(
-        "--restarts", type=int, metavar="N", help="random starts of pgd and apgd"
+        "--restarts",
+        type=int,
+        metavar="N",
+        help="random starts of pgd, apgd and others that have them",
     )
     parser.add_argument(
         "--pixel-range",
@@ -242,47 +249,52 @@ def _add_evaluate(commands: Any) -> None:
 
 def _run_evaluate(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     low, high = args.pixel_range
-    if not low < high:
-        parser.error(
-            f"--pixel-range must be two numbers that grow. Received: {low:g} {high:g}"
-        )
-    if args.examples is not None and args.examples < 1:
-        parser.error(f"--examples must be at least 1. Received: {args.examples}")
-    for path in (args.json, args.figure):
-        if path is not None and not path.parent.is_dir():
-            parser.error(f"{path.parent} is no directory to write {path.name} into")
+    try:
+        chosen = _chosen_attacks(args)
+        count("batch_size", args.batch_size)
+        if args.examples is not None:
+            count("examples", args.examples)
+    except (TypeError, ValueError) as error:
+        parser.error(_as_options(str(error)))
+    for option, path in (("--json", args.json), ("--figure", args.figure)):
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            parser.error(
+                f"{option} must be a file in a directory that exists. Received: {path}"
+            )
     try:
         if args.figure is not None:
-            plots.figure_class()  # Without Matplotlib, fail before the attack.
+            # Without Matplotlib, or for a format that it cannot write, fail before the
+            # attack.
+            plots.check_format(args.figure)
         model = _load(args.model)
         data = datasets.load(args.dataset)
-    except (OSError, TypeError, ValueError, ImportError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 1
-    x, y = data.x_test[: args.examples], data.y_test[: args.examples]
-    if args.pixel_range != (0.0, 1.0):
-        x = (low + (high - low) * x).astype("float32")
-    try:
-        norm = check_norm(args.norm)
-        radii = args.epsilons or [
-            demo.recipe_for(args.dataset).adv_step_size[norm] * (high - low)
-        ]
+        x, y = data.x_test[: args.examples], data.y_test[: args.examples]
+        _check_fits(model, x, args)
+        if (low, high) != (0.0, 1.0):
+            x = (low + (high - low) * x).astype("float32")
         report = evaluate_robustness(
             model,
             x,
             y,
-            attacks=[_attack(name, radii[0], norm, args) for name in args.attacks],
-            epsilons=radii,
+            attacks=chosen,
+            epsilons=_radii(args),
             batch_size=args.batch_size,
             from_logits=args.from_logits,
         )
-    except (TypeError, ValueError) as error:
-        parser.error(_as_options(str(error)))
-    print(f"\n{report}")
-    if args.json is not None:
-        args.json.write_text(f"{report.to_json()}\n", encoding="utf-8")
-    if args.figure is not None:
-        report.plot().figure.savefig(args.figure, dpi=150)
+        print(f"\n{report}")
+        if args.json is not None:
+            args.json.write_text(f"{report.to_json()}\n", encoding="utf-8")
+        if args.figure is not None:
+            report.plot().figure.savefig(args.figure, dpi=150)
+    except (
+        OSError,
+        TypeError,
+        ValueError,
+        ImportError,
+        tf.errors.InvalidArgumentError,
+    ) as error:
+        print(f"{parser.prog}: error: {_as_options(str(error))}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -297,37 +309,125 @@ _ATTACKS: dict[str, type[attacks.Attack]] = {
 }
 
 
-def _attack(
-    name: str, epsilon: float, norm: NormType, args: argparse.Namespace
-) -> attacks.Attack:
-    """Makes an attack, with those options that it has."""
-    cls = _ATTACKS[name]
-    fields = {field.name for field in dataclasses.fields(cls)}
-    chosen = {name: getattr(args, name) for name in ("iterations", "restarts")}
+def _radii(args: argparse.Namespace) -> list[float]:
+    """The radii: those asked for, or that of the demo in the units of the input."""
+    if args.epsilons is not None:
+        return args.epsilons
     low, high = args.pixel_range
-    return cls(
-        epsilon,
-        norm=norm,
-        clip_value_min=low,
-        clip_value_max=high,
-        seed=args.seed,
-        **{key: value for key, value in chosen.items() if value and key in fields},
-    )
+    step = demo.recipe_for(args.dataset).adv_step_size[check_norm(args.norm)]
+    return [step * (high - low)]
+
+
+def _chosen_attacks(args: argparse.Namespace) -> list[attacks.Attack]:
+    """Makes the attacks, each with those options that it has.
+
+    Raises:
+        TypeError: An option has the wrong type.
+        ValueError: An option has a wrong value, or none of the attacks has it.
+    """
+    low, high = args.pixel_range
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(
+            f"`pixel_range` must be two numbers that grow. Received: {low:g} {high:g}"
+        )
+    wanted = {
+        option: getattr(args, option)
+        for option in ("iterations", "restarts")
+        if getattr(args, option) is not None
+    }
+    for option in wanted:
+        if not any(_has(name, option) for name in args.attacks):
+            able = ", ".join(name for name in sorted(_ATTACKS) if _has(name, option))
+            raise ValueError(
+                f"`{option}` is for {able}, and means nothing to the attacks that are "
+                f"asked for. Received: {', '.join(args.attacks)}"
+            )
+    chosen = []
+    for name in args.attacks:
+        options = {key: value for key, value in wanted.items() if _has(name, key)}
+        for epsilon in _radii(args):  # Each is checked here, before anything is read.
+            attack = _ATTACKS[name](
+                epsilon,
+                norm=args.norm,
+                clip_value_min=low,
+                clip_value_max=high,
+                seed=args.seed,
+                **options,
+            )
+        chosen.append(attack)
+    return chosen
+
+
+def _has(attack: str, option: str) -> bool:
+    return any(field.name == option for field in dataclasses.fields(_ATTACKS[attack]))
 
 
 def _load(path: Path) -> keras.Model:
     """Loads a saved model."""
-    if not path.exists():
-        raise FileNotFoundError(f"There is no file {str(path)!r}")
+    if not path.is_file():
+        raise FileNotFoundError(
+            "MODEL.keras must be a file that Keras saved a model in. Received: "
+            f"{str(path)!r}, which {'is a directory' if path.is_dir() else 'is absent'}"
+        )
     try:
-        return keras.models.load_model(path)
+        with warnings.catch_warnings():
+            # No optimizer is needed here.
+            warnings.filterwarnings("ignore", "Skipping variable loading for optimi")
+            model = keras.models.load_model(path)
     # What a damaged or foreign file raises depends on what is wrong with it.
     except Exception as error:
+        # Between what Keras says are configurations, pages of them.
+        said = " ".join(str(error).split()).split("Exception encountered: ")[-1]
+        said = said.split(" Full object config")[0]
+        hint = ""
+        if "register_keras_serializable" in said:
+            hint = (
+                " The command knows Keras's and advreg's classes only: for others call "
+                "advreg.evaluate_robustness in Python."
+            )
         raise ValueError(
-            f"{str(path)!r} is no model that Keras can load: {error}"
+            f"{str(path)!r} is no model that Keras can load.{hint} Keras says: "
+            f"{said[:500]}"
         ) from error
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"{str(path)!r} holds no model. Received: {model!r}")
+    return model
+
+
+def _check_fits(model: keras.Model, x: np.ndarray, args: argparse.Namespace) -> None:
+    """Checks that images have the shape that a model declares."""
+    declared = getattr(model, "base_model", model)
+    shapes = [tuple(tensor.shape[1:]) for tensor in getattr(declared, "inputs", ())]
+    if not shapes:
+        return
+    known = len(shapes) == 1 and len(shapes[0]) == 3
+    if not known or any(
+        size not in (None, found)
+        for size, found in zip(shapes[0], x.shape[1:], strict=True)
+    ):
+        raise ValueError(
+            f"The model does not take the images of {args.dataset!r}: its inputs are "
+            f"of shape {', '.join(map(str, shapes))}. Choose another --dataset. "
+            f"Received: images of shape {x.shape[1:]}"
+        )
+
+
+_WORDS = {
+    "epsilon": "--epsilons",
+    "clip_value_min": "LOW",
+    "clip_value_max": "HIGH",
+    "from_logits=True": "--from-logits",
+    "from_logits=False": "--no-from-logits",
+    "model": "The model",
+    "x": "The images",
+    "y": "The labels of the dataset",
+}
 
 
 def _as_options(message: str) -> str:
     """Names the options of the command line, where a message names arguments."""
-    return re.sub(r"`(\w+)`", lambda match: "--" + match[1].replace("_", "-"), message)
+
+    def option(match: re.Match[str]) -> str:
+        return _WORDS.get(match[1], "--" + match[1].replace("_", "-"))
+
+    return re.sub(r"`(\w+(?:=\w+)?)`", option, message)

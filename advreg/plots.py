@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from advreg._extras import import_extra
+from advreg.checks import show
 from advreg.report import SYMBOLS, Accuracy, RobustnessReport
 
 RIGHT = "green"
@@ -28,6 +30,21 @@ def figure_class() -> type:
         ImportError: The extra `demo` is not installed.
     """
     return import_extra("matplotlib.figure", "demo").Figure
+
+
+def check_format(path: Path) -> None:
+    """Checks that Matplotlib can write a figure of the format that a name ends in.
+
+    Raises:
+        ImportError: The extra `demo` is not installed.
+        ValueError: It cannot.
+    """
+    kind = path.suffix[1:].lower()
+    known = figure_class()().canvas.get_supported_filetypes()
+    if kind not in known:
+        raise ValueError(
+            f"`figure` must end in one of {', '.join(sorted(known))}. Received: {path}"
+        )
 
 
 def perturbation_grid(
@@ -70,11 +87,12 @@ def perturbation_grid(
     >>> figure.savefig("perturbations.png")
     """
     _check_images(clean, perturbed)
-    _check_lengths(len(clean), labels, predictions)
-
-    def name(index: int) -> str:
-        return str(index) if class_names is None else class_names[index]
-
+    _check_lengths(
+        len(clean),
+        labels,
+        {f"predictions[{name!r}]": pair for name, pair in predictions.items()},
+    )
+    name = _namer(class_names)
     if figure is None:
         longest = max(len(name(int(index))) for index in labels)
         figure = figure_class()(
@@ -100,6 +118,105 @@ def perturbation_grid(
     return figure
 
 
+def perturbation_panels(
+    clean: np.ndarray,
+    perturbed: np.ndarray,
+    labels: Classes,
+    predictions: tuple[Classes, Classes],
+    *,
+    confidences: tuple[Sequence[float], Sequence[float]] | None = None,
+    class_names: Sequence[str] | None = None,
+    title: str | None = None,
+    figure: _Figure | None = None,
+) -> _Figure:
+    """Draws clean image, perturbation and perturbed image of each example in a row.
+
+    All perturbations have one scale, from minus to plus the largest change of a pixel:
+    of grey images blue is darker and red is lighter, of RGB images the perturbation is
+    magnified around grey. Under the images stands what the network takes them for,
+    green where it is right, red where it is wrong.
+
+    Args:
+        clean: Images in [0, 1] of shape `[n, height, width, channels]`, with one or
+            three channels.
+        perturbed: Their adversarial neighbours, of the same shape.
+        labels: The `n` true classes.
+        predictions: The `n` classes that the network predicts for the clean images, and
+            the `n` for the perturbed ones.
+        confidences: The probabilities, in [0, 1], that it gives these predictions.
+        class_names: Names of the classes, by default their numbers.
+        title: Title of the figure.
+        figure: Matplotlib figure to draw into, by default a new one of fitting size.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: The extra `demo` is not installed.
+        ValueError: Shapes or lengths do not fit together.
+
+    Example:
+    >>> p, p_adv = model.predict(x), model.predict(x_adv)
+    >>> figure = perturbation_panels(
+    ...     x, x_adv, y, (p.argmax(1), p_adv.argmax(1)),
+    ...     confidences=(p.max(1), p_adv.max(1)))
+    >>> figure.savefig("panels.png")
+    """
+    _check_images(clean, perturbed)
+    paired: dict[str, tuple[Any, Any]] = {"predictions": predictions}
+    if confidences is not None:
+        paired["confidences"] = confidences
+    _check_lengths(len(clean), labels, paired)
+    name = _namer(class_names)
+    texts = [
+        [name(int(index)) for index in part]
+        if confidences is None
+        else [
+            f"{name(int(index))}, {100 * share:.0f} %"
+            for index, share in zip(part, confidences[which], strict=True)
+        ]
+        for which, part in enumerate(predictions)
+    ]
+    change = np.asarray(perturbed, "float64") - np.asarray(clean, "float64")
+    largest = float(np.nanmax(np.abs(change), initial=0.0))
+    with_bar = largest > 0 and clean.shape[-1] == 1
+    if figure is None:
+        longest = max(len(text) for part in texts for text in part)
+        longest = max(longest, *(6 + len(name(int(index))) for index in labels))
+        figure = figure_class()(
+            figsize=_panels_size(len(clean), longest, with_bar), layout="constrained"
+        )
+        figure.get_layout_engine().set(h_pad=0.1)  # Each row has text on both sides.
+    axes = figure.subplots(len(clean), 3, squeeze=False)
+    for row, label in enumerate(labels):
+        for column, image in ((0, clean[row]), (2, perturbed[row])):
+            part = column // 2
+            _draw_image(axes[row, column], image)
+            right = bool(predictions[part][row] == label)
+            _draw_prediction(axes[row, column], 0, texts[part][row], right)
+        _draw_change(axes[row, 1], change[row], largest)
+        axes[row, 0].set_title(f"true: {name(int(label))}", fontsize=9)
+    for column, head in enumerate(("clean", "perturbation", "perturbed")):
+        ax = axes[0, column]
+        ax.set_title(f"{head}\n{ax.get_title()}", fontsize=9)
+    if with_bar:
+        bar = figure.colorbar(
+            axes[0, 1].images[0],
+            ax=axes,
+            location="bottom",
+            ticks=[-largest, 0.0, largest],
+            format=lambda value, _: f"{value:+.3g}" if value else "0",
+            shrink=0.4,
+            aspect=30,
+        )
+        bar.ax.tick_params(labelsize=8)
+        bar.set_label("perturbation of a pixel", fontsize=9)
+    if title is not None:
+        _write(figure.suptitle, title, 11)
+    _write(figure.supxlabel, _scale_in_words(largest, clean.shape[-1]), 9)
+    return figure
+
+
 def robustness_curves(
     reports: RobustnessReport | Mapping[str, RobustnessReport],
     ax: _Axes | None = None,
@@ -119,12 +236,14 @@ def robustness_curves(
 
     Raises:
         ImportError: The extra `demo` is not installed.
+        TypeError: `reports` is something else.
         ValueError: No report holds an attack with a radius.
 
     Example:
     >>> ax = robustness_curves({"plain": plain_report, "regularised": robust_report})
     >>> ax.figure.savefig("robustness.png")
     """
+    _check_reports(reports)
     curves = _curves(reports)
     if ax is None:
         ax = figure_class()(figsize=(6.4, 4.4), layout="constrained").subplots()
@@ -148,13 +267,35 @@ def robustness_curves(
             alpha=0.15,
             linewidth=0,
         )
+    if not ax.get_title():
+        ax.set_title(_curves_title(reports))
     ax.set_xlabel("radius ε of the perturbation, in units of the input")
-    ax.set_ylabel("accuracy in %")
+    ax.set_ylabel("accuracy in % (shaded: 95 % interval)")
     ax.set_ylim(-2, 102)
     ax.set_xlim(left=0)
     ax.grid(alpha=0.3)
     ax.legend()
     return ax
+
+
+def _curves_title(
+    reports: RobustnessReport | Mapping[str, RobustnessReport],
+) -> str:
+    if isinstance(reports, RobustnessReport):
+        return f"Robustness of {reports.model!r} on {reports.examples:,} examples"
+    counts = {report.examples for report in reports.values()}
+    on = f" on {counts.pop():,} examples" if len(counts) == 1 else ""
+    return f"Accuracy in the worst case over all attacks{on}"
+
+
+def _check_reports(reports: Any) -> None:
+    listed = list(reports.values()) if isinstance(reports, Mapping) else [reports]
+    for report in listed:
+        if not isinstance(report, RobustnessReport):
+            raise TypeError(
+                "`reports` must be a `RobustnessReport`, or a dictionary of them by "
+                f"name. Received: {show(report)}"
+            )
 
 
 def _curves(
@@ -204,25 +345,42 @@ def _check_images(clean: np.ndarray, perturbed: np.ndarray) -> None:
 def _check_lengths(
     count: int,
     labels: Classes,
-    predictions: Mapping[str, tuple[Classes, Classes]],
+    paired: Mapping[str, tuple[Any, Any]],
 ) -> None:
+    """Checks labels, and what comes for clean and for perturbed images."""
     lengths = {"labels": [len(labels)]}
-    for name, predicted in predictions.items():
-        lengths[f"predictions[{name!r}]"] = [len(part) for part in predicted]
+    for name, pair in paired.items():
+        lengths[name] = [len(part) for part in pair]
     for name, found in lengths.items():
         expected = [count] if name == "labels" else [count, count]
         if found != expected:
+            what = "numbers" if name == "confidences" else "classes"
             raise ValueError(
-                f"`{name}` must hold {count} classes, as many as there are images"
+                f"`{name}` must hold {count} {what}, as many as there are images"
                 f"{'' if name == 'labels' else ', for clean and for perturbed ones'}. "
                 f"Received: the lengths {found}"
             )
+
+
+def _namer(class_names: Sequence[str] | None) -> Callable[[int], str]:
+    """Makes a function that names a class."""
+
+    def name(index: int) -> str:
+        return str(index) if class_names is None else str(class_names[index])
+
+    return name
 
 
 def _size(columns: int, longest_name: int, lines: int) -> tuple[float, float]:
     """Width and height in inches that leave room for the text."""
     column = max(1.1, 0.35 + 0.085 * longest_name)
     return 1.3 + column * columns, 1.0 + 2 * (column + 0.2 * lines)
+
+
+def _panels_size(rows: int, longest_text: int, with_bar: bool) -> tuple[float, float]:
+    """Width and height in inches of three columns of images and their texts."""
+    column = max(1.5, 0.35 + 0.085 * longest_text)
+    return 0.3 + 3 * column, (1.4 if with_bar else 0.7) + rows * (column + 0.6)
 
 
 def _draw_image(ax: Any, image: np.ndarray) -> None:
@@ -232,6 +390,35 @@ def _draw_image(ax: Any, image: np.ndarray) -> None:
     ax.imshow(pixels, cmap="gray", vmin=0.0, vmax=1.0, interpolation="nearest")
     ax.set_xticks([])
     ax.set_yticks([])
+
+
+def _draw_change(ax: Any, change: np.ndarray, largest: float) -> None:
+    """Draws a perturbation, 0 in the middle of the scale."""
+    scale = largest or 1.0
+    if change.shape[-1] == 1:
+        ax.imshow(
+            change[..., 0],
+            cmap="RdBu_r",
+            vmin=-scale,
+            vmax=scale,
+            interpolation="nearest",
+        )
+    else:
+        ax.imshow(0.5 + change / (2 * scale), interpolation="nearest")
+    ax.set_xticks([])
+    ax.set_yticks([])
+
+
+def _scale_in_words(largest: float, channels: int) -> str:
+    marks = "Predictions: green ✓ right, red ✗ wrong"
+    if not largest:
+        return f"{marks}. No pixel is perturbed"
+    if channels == 1:  # The colour bar says it.
+        return marks
+    return (
+        f"{marks}. Perturbations are magnified {0.5 / largest:.3g} times around grey: "
+        f"no value moves by more than {largest:.3g}"
+    )
 
 
 def _draw_prediction(ax: Any, line: int, name: str, right: bool) -> None:

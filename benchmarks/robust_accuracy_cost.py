@@ -5,7 +5,7 @@ on 1,000 test images of MNIST, to that of a hand-written `tf.function` that make
 forward and backward passes over the same images in batches of the same size, and
 nothing else. The two sides take turns in one run.
 
-    python benchmarks/robust_accuracy_cost.py [--turns 20] [--batch 32 250]
+    python benchmarks/robust_accuracy_cost.py [--turns 20] [--batch 32 256]
 
 Images that the attack has fooled drop out, and those of the plain network do so after a
 few steps. So there are two networks, trained on 10,000 images for an epoch or two: a
@@ -94,7 +94,7 @@ def seconds(side):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--turns", type=int, default=20)
-    parser.add_argument("--batch", type=int, nargs="+", default=[32, 250])
+    parser.add_argument("--batch", type=int, nargs="+", default=[32, 256])
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--training-images", type=int, default=10_000)
     arguments = parser.parse_args()

@@ -80,3 +80,15 @@ def test_mutation_counts_its_mutants():
     assert (name, mutants) == ("config", "2")
     assert int(killed) + int(survived) == 2
     assert module.read_bytes() == before
+
+
+@pytest.mark.slow
+def test_robust_accuracy_cost_prints_a_row_for_each_network(mnist_dir):
+    options = ("--batch", "32", "--images", "64", "--training-images", "256")
+    head, *rows = rows_of("robust_accuracy_cost.py", *options)
+    assert head == [
+        *("network", "batch", "standing", "passes", "ms", "advreg", "ms", "ratio")
+    ]
+    assert [row[:2] for row in rows] == [["plain", "32"], ["robust", "32"]]
+    assert all(float(cell) > 0 for row in rows for cell in row[3:])
+    assert all(0 <= float(row[2]) <= 1 for row in rows)

@@ -3,9 +3,20 @@ import json
 import subprocess
 import sys
 
+import keras
+import numpy as np
 import pytest
 
-from advreg import __version__, cli, datasets, demo
+from advreg import (
+    AdversarialRegularization,
+    __version__,
+    cli,
+    datasets,
+    demo,
+    evaluate_robustness,
+)
+from advreg.attacks import FGSM, PGD
+from advreg.report import RobustnessReport
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -195,3 +206,248 @@ def test_import_loads_no_extras():
     loaded = set(process.stdout.split())
     assert "advreg" in loaded
     assert not loaded & {"matplotlib", "sklearn", "tensorflow_datasets"}
+
+
+# advreg evaluate
+
+
+def save(path, *layers, shape=(8, 8, 1), width=10, wrap=False):
+    """Saves a linear model of the digits, whose weights tell them apart a little."""
+    base = keras.Sequential(
+        [
+            keras.Input(shape),
+            *layers,
+            keras.layers.Flatten(),
+            keras.layers.Dense(width, name="scores"),
+        ]
+    )
+    if width == 10:
+        data = datasets.load("digits")
+        means = np.stack([data.x_train[data.y_train == k].mean(0) for k in range(10)])
+        means = means.reshape(10, -1)
+        # The nearest mean, as a linear function.
+        kernel, bias = 8 * means.T, -4 * (means**2).sum(1)
+        base.get_layer("scores").set_weights([kernel, bias])
+    model = AdversarialRegularization(base) if wrap else base
+    if wrap:
+        model.compile(loss="sparse_categorical_crossentropy")
+        model.build((None, *shape))
+    model.save(path)
+    return base
+
+
+@pytest.fixture
+def model_file(tmp_path):
+    pytest.importorskip("sklearn")
+    save(tmp_path / "model.keras")
+    return tmp_path / "model.keras"
+
+
+def evaluate(*argv):
+    return cli.main(["evaluate", *map(str, argv)])
+
+
+def refused(capsys, *argv, status):
+    """The last line of what a command says that cannot do its work."""
+    if status == 2:
+        with pytest.raises(SystemExit) as raised:
+            evaluate(*argv)
+        assert raised.value.code == 2
+    else:
+        assert evaluate(*argv) == status
+    captured = capsys.readouterr()
+    line = captured.err.splitlines()[-1]
+    assert line.startswith("advreg evaluate: error: ")
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+    return line.removeprefix("advreg evaluate: error: ")
+
+
+def report_of(path, *argv):
+    assert evaluate(*argv, "--json", path) == 0
+    return RobustnessReport.from_json(path.read_text())
+
+
+def test_evaluate(model_file, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    figure = tmp_path / "report.png"
+    report = report_of(
+        tmp_path / "r.json", model_file, "--examples", 60, "--figure", figure
+    )
+    assert str(report) in capsys.readouterr().out
+    assert figure.read_bytes().startswith(PNG)
+    data = datasets.load("digits")
+    model = keras.models.load_model(model_file)
+    span = {"clip_value_min": 0.0, "clip_value_max": 1.0, "seed": 0}
+    expected = evaluate_robustness(
+        model,
+        data.x_test[:60],
+        data.y_test[:60],
+        attacks=[FGSM(0.15, **span), PGD(0.15, **span)],
+        batch_size=250,
+        verbose=0,
+    )
+    assert 0.5 < report.clean_accuracy < 1
+    assert (report.clean.correct, report.overall.correct) == (
+        expected.clean.correct,
+        expected.overall.correct,
+    )
+    found = [(line.name, line.correct, line.settings) for line in report.results]
+    assert found == [(r.name, r.correct, r.settings) for r in expected.results]
+
+
+def test_every_option_of_evaluate_arrives(model_file, tmp_path, monkeypatch):
+    calls = []
+
+    def run(model, x, y, **kwargs):
+        calls.append((x, y, kwargs))
+        return evaluate_robustness(model, x, y, **{**kwargs, "verbose": 0})
+
+    monkeypatch.setattr(cli, "evaluate_robustness", run)
+    options = "--attacks pgd noise --epsilons 2 4 --norm l2 --iterations 3 --restarts 2"
+    rest = "--pixel-range 0 255 --examples 20 --batch-size 8 --from-logits --seed 5"
+    assert evaluate(model_file, *options.split(), *rest.split()) == 0
+    ((x, y, kwargs),) = calls
+    assert (len(x), len(y), kwargs["batch_size"]) == (20, 20, 8)
+    assert x.max() == 255
+    assert x.dtype == "float32"
+    assert kwargs["from_logits"] is True
+    assert kwargs["epsilons"] == [2.0, 4.0]
+    assert [repr(attack) for attack in kwargs["attacks"]] == [
+        "PGD(epsilon=4.0, norm='l2', clip_value_min=0.0, clip_value_max=255.0, seed=5, "
+        "iterations=3, restarts=2)",
+        "RandomNoise(epsilon=4.0, norm='l2', clip_value_min=0.0, clip_value_max=255.0, "
+        "seed=5)",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["wrapped", "softmax", "rescaling"])
+def test_the_same_network_in_another_form(kind, model_file, tmp_path):
+    plain = report_of(
+        tmp_path / "a.json", model_file, "--examples", 40, "--attacks", "fgsm"
+    )
+    other, options = tmp_path / "other.keras", []
+    if kind == "wrapped":
+        save(other, wrap=True)
+    elif kind == "softmax":
+        base = save(tmp_path / "base.keras")
+        keras.Sequential([base, keras.layers.Softmax()]).save(other)
+        options = ["--no-from-logits"]
+    else:
+        save(other, keras.layers.Rescaling(1 / 255))
+        options = ["--pixel-range", "0", "255"]
+    report = report_of(
+        tmp_path / "b.json", other, "--examples", 40, "--attacks", "fgsm", *options
+    )
+    assert report.clean.correct == plain.clean.correct
+    assert report.results[0].correct == plain.results[0].correct
+    scale = 255 if kind == "rescaling" else 1
+    assert report.results[0].epsilon == pytest.approx(scale * 0.15)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--norm l7", "--norm must be one of 'l1', 'l2' and 'infinity'"),
+        ("--norm l1 --attacks square", "--norm must be one of"),
+        ("--epsilons -0.1", "--epsilons must be finite and not negative. Received: -"),
+        ("--epsilons 0.1 nan", "--epsilons must be finite and not negative. Received"),
+        (
+            "--epsilons 0.1 2",
+            "--epsilons must not be larger than the range from LOW to HIGH, which is 1 "
+            "wide. Received: 2",
+        ),
+        ("--epsilons many", "argument --epsilons: invalid float value: 'many'"),
+        ("--iterations 0", "--iterations must be at least 1 and fit 32 bits. Received"),
+        (
+            "--attacks fgsm --iterations 5",
+            "--iterations is for apgd, autoattack, bim, pgd, and means nothing "
+            "to the attacks that are asked for. Received: fgsm",
+        ),
+        ("--restarts 0", "--restarts must be at least 1 and fit 32 bits. Received: 0"),
+        ("--attacks fgsm bim --restarts 2", "--restarts is for apgd"),
+        ("--examples 0", "--examples must be at least 1 and fit 32 bits. Received: 0"),
+        ("--batch-size 0", "--batch-size must be at least 1 and fit 32 bits. Received"),
+        ("--seed -1", "--seed must lie between 0 and 2**32 - 1. Received: -1"),
+        (
+            "--pixel-range 1 0",
+            "--pixel-range must be two numbers that grow. Received: ",
+        ),
+        ("--pixel-range 0 inf", "--pixel-range must be two numbers that grow. Receive"),
+        ("--attacks nosuch", "argument --attacks: invalid choice: 'nosuch'"),
+        ("--json no/such.json", "--json must be a file in a directory that exists. Re"),
+        ("--figure no/such.png", "--figure must be a file in a directory that exists"),
+        ("--json .", "--json must be a file in a directory that exists. Received: ."),
+    ],
+)
+def test_wrong_options_of_evaluate(options, message, tmp_path, capsys):
+    # Before the model is even looked for.
+    error = refused(capsys, tmp_path / "none.keras", *options.split(), status=2)
+    assert error.startswith(message)
+
+
+def test_a_figure_of_an_unknown_format(model_file, capsys):
+    pytest.importorskip("matplotlib")
+    error = refused(capsys, model_file, "--figure", "x.docx", status=1)
+    assert error.startswith("--figure must end in one of ")
+    assert error.endswith("Received: x.docx")
+
+
+def test_files_that_hold_no_model(tmp_path, capsys):
+    absent = refused(capsys, tmp_path / "none.keras", status=1)
+    assert absent.endswith("none.keras', which is absent")
+    directory = refused(capsys, tmp_path, status=1)
+    assert directory.endswith("which is a directory")
+    corrupt = tmp_path / "corrupt.keras"
+    corrupt.write_bytes(b"PK no model")
+    assert "is no model that Keras can load. Keras says: " in refused(
+        capsys, corrupt, status=1
+    )
+
+
+def test_a_model_of_unknown_classes(tmp_path, capsys):
+    pytest.importorskip("sklearn")
+
+    class Own(keras.layers.Layer):
+        def call(self, inputs):
+            return inputs
+
+    save(tmp_path / "own.keras", Own())
+    error = refused(capsys, tmp_path / "own.keras", status=1)
+    assert "call advreg.evaluate_robustness in Python" in error
+    assert "'Own'" in error
+
+
+def test_a_dataset_that_does_not_fit(tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    save(tmp_path / "large.keras", shape=(28, 28, 1), width=9)
+    assert refused(capsys, tmp_path / "large.keras", status=1) == (
+        "The model does not take the images of 'digits': its inputs are of shape (28, "
+        "28, 1). Choose another --dataset. Received: images of shape (8, 8, 1)"
+    )
+    save(tmp_path / "few.keras", width=3)
+    assert refused(capsys, tmp_path / "few.keras", status=1).startswith(
+        "The labels of the dataset must hold classes from 0 to 2"
+    )
+    save(tmp_path / "values.keras", width=1)
+    assert "The labels of the dataset must hold classes from 0 to 1" in refused(
+        capsys, tmp_path / "values.keras", status=1
+    )
+    keras.Sequential([keras.Input((8, 8, 1)), keras.layers.Conv2D(2, 3)]).save(
+        tmp_path / "maps.keras"
+    )
+    assert refused(capsys, tmp_path / "maps.keras", status=1).startswith(
+        "The model must give class scores, floats of shape [batch, classes]"
+    )
+
+
+def test_outputs_that_are_no_probabilities(model_file, capsys):
+    error = refused(capsys, model_file, "--no-from-logits", status=1)
+    assert error.startswith("--no-from-logits says that the model gives probabilities")
+    assert "Set --from-logits, or leave it out" in error
+
+
+def test_a_dataset_that_evaluate_does_not_know(model_file, capsys):
+    pytest.importorskip("tensorflow_datasets")
+    error = refused(capsys, model_file, "--dataset", "nosuchdata", status=1)
+    assert "'nosuchdata'" in error

@@ -9,9 +9,10 @@ import pytest
 import tensorflow as tf
 from models import busy_base, classifier, cross_entropy, labelled, regularized, rows
 
-from advreg import evaluate_robustness, make_adv_reg_config
+from advreg import datasets, evaluate_robustness, make_adv_reg_config
 from advreg.attacks import FGSM, PGD, RandomNoise
 from advreg.callbacks import CatastrophicOverfitting, RobustAccuracy
+from advreg.demo import digits_network
 
 X, Y = labelled(24)
 VALIDATION = rows(20, 6, seed=5), np.arange(20) % 3
@@ -392,7 +393,8 @@ class Break(keras.callbacks.Callback):
 @pytest.mark.parametrize("make", [plain, wrapped])
 def test_an_interrupted_training_leaves_no_trace(make):
     model, measured = make(), robust()
-    fit(model, epochs=1)
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, Break(1))
     before = set(vars(model)) | {"_advreg_compiled"}
     with pytest.raises(KeyboardInterrupt):
         fit(model, measured, Break(1))
@@ -528,3 +530,194 @@ def test_a_callable_needs_its_single_step():
 def test_labels_that_do_not_fit_the_model():
     with pytest.raises(ValueError, match="`y` must hold classes from 0 to 2"):
         fit(plain(), robust(data=(VALIDATION[0], np.full(20, 3))))
+
+
+# CatastrophicOverfitting
+
+
+class Collapse(keras.callbacks.Callback):
+    """Two attacks: all withstand the first, and none the second in some epochs."""
+
+    def __init__(self, *collapsed):
+        super().__init__()
+        self.collapsed, self.epoch, self.weights = collapsed, 0, []
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.weights.append(self.model.get_weights())
+
+    def single(self, model, x, y):
+        return x
+
+    def iterative(self, model, x, y):
+        return -100 * x if self.epoch in self.collapsed else x
+
+
+class Sign(keras.layers.Layer):
+    """Takes every example for what its first value says, and has a weight to train."""
+
+    def build(self, shape):
+        self.scale = self.add_weight(shape=(), initializer="ones")
+
+    def call(self, inputs):
+        first = inputs[:, :1]
+        return keras.ops.concatenate([first, -first], axis=1) * self.scale
+
+
+def sign_data(count=16):
+    x = rows(count, 6, seed=4)
+    return x, (x[:, 0] < 0).astype("int64")
+
+
+def train_to_collapse(collapse, *others, action="restore", epochs=5, **kwargs):
+    x, y = sign_data()
+    model = keras.Sequential([keras.Input((6,)), Sign()])
+    model.compile(keras.optimizers.SGD(0.1), cross_entropy())
+    watch = CatastrophicOverfitting(
+        collapse.iterative,
+        (x, y),
+        single_step=collapse.single,
+        action=action,
+        **kwargs,
+    )
+    history = model.fit(
+        x,
+        y,
+        epochs=epochs,
+        callbacks=[collapse, *others, watch],
+        verbose=0,
+        validation_data=(x, y),
+    ).history
+    return model, history
+
+
+def assert_weights(model, weights):
+    for left, right in zip(model.get_weights(), weights, strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def test_restores_the_best_weights():
+    collapse = Collapse(2)
+    with pytest.warns(UserWarning, match="Catastrophic") as warned:
+        model, history = train_to_collapse(collapse)
+    assert [str(warning.message) for warning in warned] == [
+        "Catastrophic overfitting in epoch 3: the accuracy is 100.0 % under a single "
+        "step, but 0.0 % under an iterative attack. Training stops. The weights are "
+        "again those of epoch 1, with 100.0 % under the iterative attack. Train with "
+        "`random_init=True`, a smaller `adv_step_size`, or several `pgd_iterations`."
+    ]
+    assert history["val_single_step_accuracy"] == [1.0, 1.0, 1.0]
+    assert history["val_iterative_accuracy"] == [1.0, 1.0, 0.0]
+    assert_weights(model, collapse.weights[0])
+    with pytest.raises(AssertionError):
+        assert_weights(model, collapse.weights[1])
+
+
+def test_stops():
+    collapse = Collapse(1)
+    with pytest.warns(UserWarning, match=r"epoch 2: .* Training stops\. Train with"):
+        model, history = train_to_collapse(collapse, action="stop")
+    assert len(history["loss"]) == 2
+    assert_weights(model, collapse.weights[-1])
+
+
+def test_warns_whenever_the_gap_opens():
+    with pytest.warns(UserWarning, match="Catastrophic") as warned:
+        _, history = train_to_collapse(Collapse(1, 2, 4), action="warn", epochs=6)
+    assert history["val_iterative_accuracy"] == [1.0, 0.0, 0.0, 1.0, 0.0, 1.0]
+    assert [str(warning.message)[:37] for warning in warned] == [
+        "Catastrophic overfitting in epoch 2: ",
+        "Catastrophic overfitting in epoch 5: ",
+    ]
+    assert not any("stops" in str(warning.message) for warning in warned)
+
+
+def test_nothing_better_to_restore():
+    collapse = Collapse(0)
+    with pytest.warns(UserWarning, match="No epoch before was better, and so the wei"):
+        model, history = train_to_collapse(collapse)
+    assert len(history["loss"]) == 1
+    assert_weights(model, collapse.weights[-1])
+
+
+def test_a_gap_that_is_allowed():
+    _, history = train_to_collapse(Collapse(1), max_gap=1.0)
+    assert history["val_iterative_accuracy"] == [1.0, 0.0, 1.0, 1.0, 1.0]
+
+
+def test_epochs_that_are_not_measured():
+    with pytest.warns(UserWarning, match="in epoch 4:"):
+        _, history = train_to_collapse(Collapse(2, 3), frequency=2)
+    assert history["val_iterative_accuracy"] == [1.0, 0.0]
+
+
+def test_both_callbacks_together():
+    collapse = Collapse(2)
+    seen = Seen(KEY, "val_iterative_accuracy")
+    measured = RobustAccuracy(collapse.iterative, sign_data())
+    with pytest.warns(UserWarning, match="epoch 3"):
+        train_to_collapse(collapse, seen, measured)
+    assert seen.epochs == [[1.0, 1.0], [1.0, 1.0], [0.0, 0.0]]
+
+
+def test_another_training_starts_anew():
+    x, y = sign_data()
+    collapse = Collapse(0)
+    watch = CatastrophicOverfitting(
+        collapse.iterative, (x, y), single_step=collapse.single
+    )
+
+    def train():
+        model = keras.Sequential([keras.Input((6,)), Sign()])
+        model.compile("sgd", cross_entropy())
+        model.fit(x, y, epochs=2, callbacks=[watch, collapse], verbose=0)
+
+    collapse.collapsed = ()
+    train()
+    collapse.collapsed = (0,)
+    with pytest.warns(UserWarning, match="No epoch before was better"):
+        train()
+
+
+def test_the_single_step_is_that_of_the_attack():
+    attack = PGD(
+        0.3, norm="l2", iterations=5, loss="margin", clip_value_min=-9.0, seed=4
+    )
+    history = fit(plain(), CatastrophicOverfitting(attack, VALIDATION), epochs=1)
+    keras.utils.set_random_seed(0)
+    model = plain()
+    step = FGSM(0.3, norm="l2", loss="margin", clip_value_min=-9.0)
+    expected = Each(lambda model: (accuracy(model, step), accuracy(model, attack)))
+    fit(model, expected, epochs=1)
+    found = history["val_single_step_accuracy"] + history["val_iterative_accuracy"]
+    assert found == list(expected.results[0])
+
+
+@pytest.mark.slow
+def test_catastrophic_overfitting_of_the_digits():
+    """A single step of a large radius, without a random start, with a large weight."""
+    pytest.importorskip("sklearn")
+    data = datasets.load("digits")
+    radius = {"adv_step_size": 0.4, "adv_grad_norm": "infinity"}
+    span = {"clip_value_min": 0.0, "clip_value_max": 1.0}
+
+    model = regularized(
+        digits_network((8, 8, 1), 10),
+        make_adv_reg_config(10.0, **radius, **span),
+        optimizer=keras.optimizers.Adam(3e-3),
+    )
+    watch = CatastrophicOverfitting(
+        PGD(0.4, iterations=10, **span),
+        (data.x_test[:200], data.y_test[:200]),
+        max_gap=0.3,
+        action="stop",
+    )
+    with pytest.warns(UserWarning, match="Catastrophic overfitting in epoch"):
+        history = model.fit(
+            data.x_train, data.y_train, 64, 30, verbose=0, callbacks=[watch]
+        ).history
+    assert len(history["loss"]) < 30
+    assert history["val_iterative_accuracy"][-1] < 0.1
+    assert history["val_single_step_accuracy"][-1] > 0.3

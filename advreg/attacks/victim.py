@@ -328,7 +328,10 @@ class Victim:
         return tree.map_structure(lambda leaf: leaf[:count], features)
 
     def _find_output_form(self, features: Features) -> OutputForm:
-        outputs = self.outputs(features)
+        look = self.outputs
+        if self.base.built:
+            look = self.compile("outputs", look, features)
+        outputs = look(features)
         shape = outputs.shape
         columns = 1 if shape.rank == 1 else shape[-1]
         if shape.rank not in (1, 2) or not columns or not outputs.dtype.is_floating:
