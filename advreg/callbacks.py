@@ -15,9 +15,8 @@ import numpy as np
 import tensorflow as tf
 
 from advreg.attacks import FGSM, Attack
-from advreg.attacks.victim import Victim
 from advreg.checks import count, is_number, show
-from advreg.evaluation import Survey
+from advreg.evaluation import Survey, classifier
 from advreg.trials import Trial
 
 
@@ -120,7 +119,7 @@ class _AtEpochEnd(keras.callbacks.Callback):
         if isinstance(self._x, np.ndarray) and isinstance(self._y, np.ndarray):
             self._x, self._y = _dataset(self._x, self._y, self._batch_size), None
         trial = Trial(attack, self.model, "attack", self._batch_size)
-        victim = Victim(self.model, getattr(attack, "from_logits", None))
+        victim = classifier(self.model, getattr(attack, "from_logits", None))
         survey = Survey(victim, [trial], sample_size=0)
         with _randomness_kept():
             survey.read(self._x, self._y, self._batch_size, verbose=0)

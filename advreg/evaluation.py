@@ -104,7 +104,7 @@ def evaluate_robustness(
         for attack, name in zip(listed, _names(listed), strict=True)
         for at_radius in _at_radii(attack, epsilons)
     ]
-    survey = Survey(_classifier(model, from_logits), trials)
+    survey = Survey(classifier(model, from_logits), trials)
     checks: list[Check] = []
     complete = False
     try:
@@ -278,7 +278,7 @@ class _Reader(keras.Model):
         return self._see(data)
 
 
-def _classifier(model: keras.Model, from_logits: bool | None) -> Victim:
+def classifier(model: keras.Model, from_logits: bool | None) -> Victim:
     """Checks that accuracy is what to ask of a model, and sets it up as a victim."""
     victim = Victim(model, from_logits)
     if victim.fits_values:

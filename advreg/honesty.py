@@ -20,6 +20,15 @@ from advreg.config import NormType
 from advreg.report import Check
 from advreg.trials import FOOLED, Trial, balls
 
+CHECKS = (
+    "zero_gradients",
+    "single_step_beats_iterative",
+    "black_box_beats_white_box",
+    "more_effort_lowers_accuracy",
+    "robust_at_huge_radius",
+    "left_ball",
+    "left_range",
+)
 SAMPLE = 256
 # Share of examples by which an attack may lose to a weaker one: which examples at the
 # edge of the ball an attack finds is chance. In some 120 reports on honest networks
