@@ -178,11 +178,6 @@ class Survey:
         form = self.victim.output_form(features)
         classes = self.victim.classes(y, form)
         seen = size(features)
-        if size({"y": y}) != seen:
-            raise ValueError(
-                "Features and labels must come in equal numbers. Received: a batch of "
-                f"{seen} features and {size({'y': y})} labels"
-            )
         correct, flat = self._clean(features, classes)
         index = np.arange(self.examples, self.examples + seen)
         self._correct.set(index, correct.astype("uint8"))

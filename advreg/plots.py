@@ -282,7 +282,8 @@ def _curves_title(
     reports: RobustnessReport | Mapping[str, RobustnessReport],
 ) -> str:
     if isinstance(reports, RobustnessReport):
-        return f"Robustness of {reports.model!r} on {reports.examples:,} examples"
+        # To Matplotlib a dollar sign begins a formula.
+        return textwrap.fill(reports.subject.replace("$", r"\$"), 60)
     counts = {report.examples for report in reports.values()}
     on = f" on {counts.pop():,} examples" if len(counts) == 1 else ""
     return f"Accuracy in the worst case over all attacks{on}"

@@ -215,17 +215,14 @@ class RobustnessReport:
         """
         from advreg import plots  # Reports are read where no figure is ever drawn.
 
-        axes = plots.robustness_curves(self, ax=ax)
-        if ax is None:
-            # To Matplotlib a dollar sign begins a formula.
-            title = textwrap.fill(self._subject().replace("$", r"\$"), 60)
-            axes.set_title(title, fontsize=11)
-        return axes
+        return plots.robustness_curves(self, ax=ax)
 
     def _title(self) -> str:
-        return f"{self._subject()}, {self.seconds:.1f} s"
+        return f"{self.subject}, {self.seconds:.1f} s"
 
-    def _subject(self) -> str:
+    @property
+    def subject(self) -> str:
+        """What was measured, and on how many examples."""
         seen = f"{self.examples:,} example{'s' * (self.examples != 1)}"
         part = "" if self.complete else ", interrupted before the end of the data"
         return f"Robustness of {self.model!r}: {seen}{part}"

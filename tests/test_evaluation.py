@@ -675,7 +675,7 @@ def test_features_and_labels_of_a_batch_must_be_as_many(setting):
     def data():
         yield X[:8], y[:7]
 
-    with pytest.raises(ValueError, match=r"equal numbers.* 8 features and 7 labels"):
+    with pytest.raises(ValueError, match=r"same number of examples.*: 8 and 7"):
         evaluate(model, data(), attacks=FGSM(0.1))
 
 

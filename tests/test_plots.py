@@ -335,7 +335,7 @@ def test_curves_of_one_report():
     }
     styles = [curve.get_linestyle() for curve in ax.get_lines()]
     assert styles == ["-", "-", "-", "--", "--"]
-    assert ax.get_title() == "Robustness of 'net' on 200 examples"
+    assert ax.get_title() == "Robustness of 'net': 200 examples"
     assert "95 %" in ax.get_ylabel()
     assert "ε" in ax.get_xlabel()
     legend = [text.get_text() for text in ax.get_legend().get_texts()]

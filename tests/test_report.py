@@ -311,9 +311,6 @@ def test_a_figure_of_its_own_has_a_title():
     assert title.startswith(r"Robustness of 'of_\$x\$nn")
     assert "40 examples, interrupted" in title.replace("\n", " ")
     ax.figure.canvas.draw()  # Which reads formulae.
-    from matplotlib.figure import Figure
-
-    assert not report().plot(ax=Figure().subplots()).get_title()
 
 
 def test_every_norm_has_a_line_of_its_own():

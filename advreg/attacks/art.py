@@ -299,11 +299,6 @@ class ART:
         total = size(features) if tree.flatten(features) else 0
         if total == 0:
             raise ValueError(f"`x` must hold examples. Received: {describe(x)}")
-        if size({"y": y}) != total:
-            raise ValueError(
-                "`x` and `y` must have the same number of examples. Received: "
-                f"{total} and {size({'y': y})}"
-            )
         _check_input(victim, features)
         clip_values = self._clip_values(victim, features)
         form = victim.output_form(features)
