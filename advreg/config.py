@@ -49,6 +49,11 @@ class NormType(str, enum.Enum):
     L2 = "l2"
     INFINITY = "infinity"
 
+    @property
+    def symbol(self) -> str:
+        """What texts and figures call it: L1, L2 or L∞."""
+        return {"l1": "L1", "l2": "L2"}.get(self.value, "L∞")
+
     @classmethod
     def _missing_(cls, value: object) -> NormType:
         aliases = {"linf": "infinity", "inf": "infinity"}

@@ -25,7 +25,6 @@ from advreg.packing import Features
 from advreg.perturbation import differentiable, select
 from advreg.report import (
     INTERRUPTED,
-    SYMBOLS,
     Accuracy,
     Check,
     RobustnessReport,
@@ -359,7 +358,7 @@ def _settings_but_ball(attack: Any) -> str:
 
 def _label(trial: Trial) -> str:
     """What the progress bar calls a trial."""
-    norm = "" if trial.norm is None else SYMBOLS[trial.norm.value]
+    norm = "" if trial.norm is None else trial.norm.symbol
     radius = "" if trial.epsilon is None else f"{trial.epsilon:.3g}"
     return " ".join(part for part in (trial.name, norm, radius) if part)
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from advreg._extras import import_extra
 from advreg.checks import show
-from advreg.report import SYMBOLS, Accuracy, RobustnessReport
+from advreg.config import NormType
 
 RIGHT = "green"
 WRONG = "red"
@@ -21,6 +21,7 @@ Classes: TypeAlias = Sequence[int] | np.ndarray
 # Matplotlib is an extra, and the annotations must not need it.
 _Figure: TypeAlias = Any
 _Axes: TypeAlias = Any
+_Report: TypeAlias = Any  # A `RobustnessReport`, which comes here to be drawn.
 
 
 def figure_class() -> type:
@@ -218,7 +219,7 @@ def perturbation_panels(
 
 
 def robustness_curves(
-    reports: RobustnessReport | Mapping[str, RobustnessReport],
+    reports: _Report | Mapping[str, _Report],
     ax: _Axes | None = None,
 ) -> _Axes:
     """Draws accuracy against radius, with its 95 % confidence interval.
@@ -279,9 +280,9 @@ def robustness_curves(
 
 
 def _curves_title(
-    reports: RobustnessReport | Mapping[str, RobustnessReport],
+    reports: _Report | Mapping[str, _Report],
 ) -> str:
-    if isinstance(reports, RobustnessReport):
+    if not isinstance(reports, Mapping):
         # To Matplotlib a dollar sign begins a formula.
         return textwrap.fill(reports.subject.replace("$", r"\$"), 60)
     counts = {report.examples for report in reports.values()}
@@ -292,7 +293,7 @@ def _curves_title(
 def _check_reports(reports: Any) -> None:
     listed = list(reports.values()) if isinstance(reports, Mapping) else [reports]
     for report in listed:
-        if not isinstance(report, RobustnessReport):
+        if not all(hasattr(report, name) for name in ("results", "worst_cases")):
             raise TypeError(
                 "`reports` must be a `RobustnessReport`, or a dictionary of them by "
                 f"name. Received: {show(report)}"
@@ -300,8 +301,8 @@ def _check_reports(reports: Any) -> None:
 
 
 def _curves(
-    reports: RobustnessReport | Mapping[str, RobustnessReport],
-) -> dict[str, list[tuple[float, Accuracy]]]:
+    reports: _Report | Mapping[str, _Report],
+) -> dict[str, list[tuple[float, Any]]]:
     """Gathers the lines of a figure: radii and accuracies, the clean one at 0."""
     if isinstance(reports, Mapping):
         many = [
@@ -312,10 +313,12 @@ def _curves(
     else:
         worst = reports.worst_cases if len(reports.results) > 1 else ()
         many = [(reports.clean, line.name, line) for line in (*reports.results, *worst)]
-    curves: dict[str, dict[float, Accuracy]] = {}
+    curves: dict[str, dict[float, Any]] = {}
     for clean, name, line in many:
         if line.norm is not None and line.epsilon is not None:
-            curve = curves.setdefault(f"{name}, {SYMBOLS[line.norm]}", {0.0: clean})
+            curve = curves.setdefault(
+                f"{name}, {NormType(line.norm).symbol}", {0.0: clean}
+            )
             curve[line.epsilon] = line
     if not curves:
         raise ValueError(

@@ -10,14 +10,14 @@ import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from advreg import plots
 from advreg.checks import length, show
+from advreg.config import NormType
 from advreg.tables import html_table, text_table
 
 _Z95 = 1.959963984540054  # The normal law holds 95 % between -z and z.
 _VERSION = 1
 INTERRUPTED = "interrupted"
-
-SYMBOLS = {"l1": "L1", "l2": "L2", "infinity": "L∞"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +56,9 @@ class Accuracy:
                 "`correct` must lie between 0 and `examples`, which must be at least "
                 f"1. Received: correct={self.correct} and examples={self.examples}"
             )
-        if self.norm is not None and self.norm not in SYMBOLS:
-            raise ValueError(
-                f"`norm` must be one of {list(SYMBOLS)}. Received: {self.norm!r}"
-            )
+        norms = [norm.value for norm in NormType]
+        if self.norm is not None and self.norm not in norms:
+            raise ValueError(f"`norm` must be one of {norms}. Received: {self.norm!r}")
         if self.epsilon is not None:
             length("epsilon", self.epsilon)
 
@@ -213,8 +212,6 @@ class RobustnessReport:
         Example:
         >>> report.plot().figure.savefig("robustness.png")
         """
-        from advreg import plots  # Reports are read where no figure is ever drawn.
-
         return plots.robustness_curves(self, ax=ax)
 
     def _title(self) -> str:
@@ -301,7 +298,7 @@ def _row(line: Accuracy) -> list[str]:
 
     return [
         line.name,
-        SYMBOLS.get(line.norm or "", ""),
+        "" if line.norm is None else NormType(line.norm).symbol,
         number(line.epsilon, ".4g"),
         f"{100 * line.accuracy:.2f} %",
         f"{low:.2f}–{high:.2f} %",
@@ -330,7 +327,7 @@ def in_words(
         unbounded: Names of attacks without a radius in a norm.
     """
     balls = " or ".join(
-        f"up to {radius:.4g} in the {SYMBOLS[norm]} norm"
+        f"up to {radius:.4g} in the {NormType(norm).symbol} norm"
         for norm, radius in radii.items()
     )
     text = f"An input may move {balls or 'any distance'}"
