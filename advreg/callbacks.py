@@ -362,7 +362,7 @@ def _check_lengths(x: np.ndarray, y: np.ndarray) -> None:
 
 
 def _dataset(x: np.ndarray, y: np.ndarray, batch_size: int) -> tf.data.Dataset:
-    """Makes once what Keras would make of arrays in every epoch: a sixteenth of PGD-10.
+    """Makes once what Keras would make of arrays anew in every epoch.
 
     Like Keras, it brings floats to the default type.
     """
