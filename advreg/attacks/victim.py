@@ -15,6 +15,7 @@ import tensorflow as tf
 from keras import tree
 
 from advreg.batches import BatchForm
+from advreg.convolution import cheap_input_gradients
 from advreg.geometry import Tensor
 from advreg.images import as_floats, float_twin
 from advreg.packing import Features, describe
@@ -153,7 +154,10 @@ class Victim:
                 lambda leaf: tf.gather(leaf, places), features
             )
         # State that layers update even so is discarded, once it has been created.
-        with keras.StatelessScope() if self.base.built else contextlib.nullcontext():
+        discarded = (
+            keras.StatelessScope() if self.base.built else contextlib.nullcontext()
+        )
+        with discarded, cheap_input_gradients(self._twin):
             outputs = self._twin(self.form.base_inputs(features), training=False)
         leaves = tree.flatten(outputs)
         if len(leaves) != 1:
