@@ -106,7 +106,7 @@ def test_the_loss_towards_a_class():
 def test_few_classes(classes, single):
     network, x, y = digits()
     mapped = layers.Dense(1 if single else classes, use_bias=False)
-    small = keras.Model(network.input, mapped(network.output))
+    small = keras.Model(network.inputs[0], mapped(network.outputs[0]))
     weights = np.eye(classes)[np.arange(10) % classes]
     weights = weights[:, 1:] - weights[:, :1] if single else weights
     mapped.set_weights([weights])
@@ -125,7 +125,7 @@ def test_few_classes(classes, single):
 
 def test_probabilities():
     network, x, y = digits()
-    softmax = keras.Model(network.input, layers.Softmax()(network.output))
+    softmax = keras.Model(network.inputs[0], layers.Softmax()(network.outputs[0]))
     left = left_by(AutoAttack(0.1, **SMALL), softmax, x, y)
     assert abs(left - left_by(AutoAttack(0.1, **SMALL), network, x, y)) < 0.03
 

@@ -38,13 +38,14 @@ class TestTracing:
     def test_once_for_all_batches_radii_and_steps(self):
         model, traced = counted()
         PGD(0.3, iterations=3)(model, X, Y, batch_size=8)
-        assert traced == [None, None]  # To look, and to judge at the end.
+        # For the form of the outputs, to look, and to judge at the end.
+        assert traced == [None, None, None]
         for epsilon in (0.1, 0.2):
             pgd = PGD(epsilon, step_size=epsilon / 2, iterations=5, restarts=2)
             pgd(model, X, Y, batch_size=7)
             BIM(epsilon, iterations=2)(model, X[:3], Y[:3])
             FGSM(epsilon)(model, X, Y)
-        assert len(traced) == 2
+        assert len(traced) == 3
 
     @pytest.mark.parametrize(
         "arguments",

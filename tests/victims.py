@@ -30,8 +30,8 @@ def digits():
 
 def saturated(network):
     """The same decisions, with logits so far apart that the softmax is 0 or 1."""
-    scaled = layers.Rescaling(10_000.0)(network.output)
-    return keras.Model(network.input, scaled)
+    scaled = layers.Rescaling(10_000.0)(network.outputs[0])
+    return keras.Model(network.inputs[0], scaled)
 
 
 class Quantise(layers.Layer):

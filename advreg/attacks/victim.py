@@ -321,9 +321,11 @@ class Victim:
         loss = getattr(self.model, "loss", None)
         key = (key, self._output_form, id(loss), repr(specs))
         if key not in cache.functions:
-            compiled = tf.function(function, input_signature=specs, autograph=False)
-            # The loss is kept alive, lest another takes its address.
-            cache.functions[key] = (compiled, loss)
+            compiled = tf.function(function, autograph=False)
+            # As a concrete function it is not suspected by TensorFlow of being traced
+            # too often, when many models are attacked in a row. The loss is kept alive,
+            # lest another takes its address.
+            cache.functions[key] = (compiled.get_concrete_function(*specs), loss)
         return cache.functions[key][0]
 
     def _sample(self, features: Features) -> Features:
