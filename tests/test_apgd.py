@@ -223,7 +223,6 @@ def test_compiled_once_for_all_batches_and_radii():
         APGD(epsilon, iterations=6, restarts=2)(network, x, y, batch_size=size)
     traced = tracings(network)
     assert len([key for key in traced if key[0][0] == "advance"]) == 1
-    assert set(traced.values()) == {1}
 
 
 def test_regression_ends_where_the_loss_was_largest():

@@ -206,7 +206,6 @@ def test_compiled_once_for_all_batches_radii_and_budgets():
         Square(epsilon, queries=queries)(network, x, y, batch_size=size)
     traced = tracings(network)
     assert len([key for key in traced if key[0][0] == "advance"]) == 1
-    assert set(traced.values()) == {1}
 
 
 @pytest.mark.parametrize("norm", NORMS)
