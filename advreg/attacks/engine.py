@@ -189,7 +189,8 @@ class Scene:
         }
         numbers["epsilon"] = tf.constant(self.threat.epsilon, tf.float64)
         numbers["index"] = tf.constant(0, tf.int32)
-        advance = self._compiled(round_, state, numbers)
+        # A round without looks has no advance: it is judged where it starts.
+        advance = self._compiled(round_, state, numbers) if round_.looks else None
 
         outcome = Outcome(
             np.zeros(count, bool),
@@ -202,6 +203,7 @@ class Scene:
         place = np.arange(count)  # Of the rows of the state, among those that came.
         for index in range(round_.looks):
             numbers["index"] = tf.constant(index, tf.int32)
+            assert advance is not None
             fooled, moved = advance(state, numbers)
             there = state["displacement"]
             state = {**state, **moved}
