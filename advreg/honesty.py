@@ -233,9 +233,10 @@ def _without_gradient(probes: _Probes, trials: Sequence[Trial], main: Trial) -> 
         name,
         False,
         f"Without following the model's gradient, {other} fools {100 * share:.1f} % of "
-        f"the examples that withstand the attacks which follow it, at ε {epsilon:.4g}: "
-        "the gradient is masked, or the attacks are weak. Add AutoAttack, and examples "
-        "transferred from another model (attacks.Transfer).",
+        "the correctly classified examples beyond those that fall to the attacks which "
+        f"follow it, at ε {epsilon:.4g}: the gradient is masked, or the attacks are "
+        "weak. Add AutoAttack, and examples transferred from another model "
+        "(attacks.Transfer).",
     )
 
 

@@ -353,6 +353,20 @@ class TestRegression:
         expected = x + 0.2 * np.sign(residual[:, None] * self.w)
         np.testing.assert_allclose(got, expected, atol=1e-12)
 
+    def test_a_loss_of_one_s_own_has_to_be_asked_for(self):
+        def pinball(y_true, y_pred):
+            over = y_true - y_pred
+            return keras.ops.mean(keras.ops.maximum(0.9 * over, -0.1 * over), axis=-1)
+
+        x, y = rows(6, 4).astype("float64"), rows(6, seed=1).astype("float64")
+        over = np.sign(x @ self.w + 0.1 - y)
+        model = self.model(pinball)
+        got = FGSM(epsilon=0.2, loss="model")(model, x, y.reshape(6, 1))
+        expected = x + 0.2 * over[:, None] * np.sign(self.w)
+        np.testing.assert_allclose(got, expected, atol=1e-12)
+        with pytest.raises(ValueError, match="`y` must hold classes from 0 to 1"):
+            FGSM(epsilon=0.2)(model, x, y)
+
     @pytest.mark.parametrize("norm", NORMS)
     def test_pgd_goes_as_far_as_it_can(self, norm):
         x, y = rows(6, 4).astype("float64"), rows(6, seed=1).astype("float64")

@@ -226,6 +226,9 @@ class Attack:
         given, total = x, size(features)
         if total == 0:
             raise ValueError(f"`x` must hold examples. Received: {given!r}")
+        if getattr(self, "loss", None) == "model" and _are_values(y):
+            # A loss of one's own does not say whether it is one of regression.
+            scene = dataclasses.replace(scene, classify=False)
         found: list[tuple[np.ndarray, Features]] = []
 
         def done(rows: Rows, outcome: Outcome) -> None:
@@ -345,6 +348,15 @@ def check_range(scene: Scene, features: Features) -> None:
 def make_seed(seed: int | None) -> keras.random.SeedGenerator:
     """Makes what random numbers are drawn from, by Keras's global seed if `None`."""
     return keras.random.SeedGenerator(None if seed is None else int(seed))
+
+
+def _are_values(y: Any) -> bool:
+    """Whether labels, one for each example, are no numbers of classes."""
+    leaves = tree.flatten(y)
+    if len(leaves) != 1 or not leaves[0].dtype.is_floating:
+        return False
+    values = leaves[0].numpy()
+    return values.size == len(values) and bool(np.any(values != np.floor(values)))
 
 
 def _span(bound: np.ndarray) -> str:

@@ -80,8 +80,8 @@ class FGSM(Attack):
         loss: What the step raises: `"cross_entropy"`, `"margin"` (best other class
             against the true one), `"dlr"` (the margin relative to the spread of the
             logits), or `"model"`, the compiled loss. `None` is the compiled loss for a
-            model that was compiled with a loss of regression, and else the
-            cross-entropy.
+            model that was compiled with one of Keras's losses of regression, and else
+            the cross-entropy.
         targeted: Whether `y` is the class to reach, rather than the true class.
         feature_mask: Weights in [0, 1] of the gradient; 0 does not move. A number, an
             array, or a structure of these like the input.
