@@ -17,6 +17,7 @@ import tensorflow as tf
 from advreg.attacks import FGSM, Attack
 from advreg.checks import count, is_number, show
 from advreg.evaluation import Survey, classifier
+from advreg.honesty import surroundings
 from advreg.trials import Trial
 
 
@@ -297,7 +298,7 @@ def _single_step(attack: Any) -> FGSM:
             "`single_step` must be given where `attack` is none of `advreg.attacks`, "
             f"whose radius and range are known. Received: attack={show(attack)}"
         )
-    return FGSM(**attack.surroundings(), loss=getattr(attack, "loss", None))
+    return FGSM(**surroundings(attack), loss=getattr(attack, "loss", None))
 
 
 def _seeded(name: str, attack: Any) -> Any:

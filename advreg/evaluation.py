@@ -11,11 +11,10 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
-from keras import tree
 
 from advreg import honesty
 from advreg.attacks.base import Attack
-from advreg.attacks.engine import Rows, size, take
+from advreg.attacks.engine import Rows, fit, join, size, take
 from advreg.attacks.losses import cross_entropy
 from advreg.attacks.transfer import Transfer
 from advreg.attacks.victim import Victim
@@ -234,16 +233,8 @@ class Survey:
         if len(self._keys) == self._sample_size:
             better = np.flatnonzero(keys < self._keys.max())
             rows, keys = take(rows, better), keys[better]
-        if len(keys) and _alike(self.sample, rows):
-            joined = tree.map_structure(
-                lambda *leaves: (
-                    np.concatenate(leaves)
-                    if isinstance(leaves[0], np.ndarray)
-                    else tf.concat(leaves, 0)
-                ),
-                self.sample,
-                rows,
-            )
+        if len(keys) and fit(self.sample, rows):
+            joined = join([self.sample, rows])
             keys = np.concatenate([self._keys, keys])
             self.sample, self._keys = sample(joined, keys, self._sample_size)
 
@@ -361,14 +352,6 @@ def _label(trial: Trial) -> str:
     norm = "" if trial.norm is None else trial.norm.symbol
     radius = "" if trial.epsilon is None else f"{trial.epsilon:.3g}"
     return " ".join(part for part in (trial.name, norm, radius) if part)
-
-
-def _alike(one: Rows, other: Rows) -> bool:
-    """Whether rows can stand in one batch: sequences may differ in length."""
-    return all(
-        tuple(a.shape[1:]) == tuple(b.shape[1:])
-        for a, b in zip(tree.flatten(one), tree.flatten(other), strict=True)
-    )
 
 
 def _report(

@@ -157,7 +157,7 @@ def _zero_gradients(
     message += ", so that attacks which follow it stand still there."
     ball = next(_telling_balls(trials), None)
     if ball is not None and probes is not None:
-        attack = PGD(loss="margin", **_surroundings(_strongest(trials, *ball)))
+        attack = PGD(loss="margin", **surroundings(_strongest(trials, *ball).attack))
         left = 1 - probes.run(attack).mean()
         message += (
             f" Under a margin loss the accuracy at ε {attack.epsilon:.4g} is "
@@ -190,7 +190,7 @@ def _single_step(probes: _Probes, inside: Sequence[Trial], main: Trial) -> Check
         fast, one = min((_accuracy(trial), trial.name) for trial in single)
         slow, many = max((_accuracy(trial), trial.name) for trial in iterative)
     else:
-        fast, one = 1 - probes.run(FGSM(**_surroundings(main))).mean(), "FGSM"
+        fast, one = 1 - probes.run(FGSM(**surroundings(main.attack))).mean(), "FGSM"
         slow, many = max(
             (1 - (trial.status.get(probes.index) == FOOLED).mean(), trial.name)
             for trial in iterative
@@ -225,7 +225,7 @@ def _without_gradient(probes: _Probes, trials: Sequence[Trial], main: Trial) -> 
         isinstance(trial.attack, RandomNoise) and _ball(trial) == (norm, epsilon)
         for trial in trials
     ):
-        others["random noise"] = probes.run(RandomNoise(**_surroundings(main)))
+        others["random noise"] = probes.run(RandomNoise(**surroundings(main.attack)))
     share, other = max(((fell & ~found).mean(), who) for who, fell in others.items())
     if share <= _TOLERANCE:
         return Check(name, True)
@@ -252,7 +252,7 @@ def _more_effort(probes: _Probes, trials: Sequence[Trial], main: Trial) -> Check
         harder = dataclasses.replace(attack, iterations=twice, seed=seed)
         least = _GAIN
     else:
-        harder = PGD(**_surroundings(main))
+        harder = PGD(**surroundings(main.attack))
         least = _TOLERANCE
     # What any attack of the report has found is in its worst case already.
     standing = np.flatnonzero(~probes.fooled(trials, *_ball(main)))
@@ -274,7 +274,9 @@ def _huge_radius(probes: _Probes, main: Trial) -> Check:
     name = "robust_at_huge_radius"
     # A single step is not expected to get there, nor is what does without a gradient.
     attack: Attack = (
-        main.attack if main.white_box and main.iterative else PGD(**_surroundings(main))
+        main.attack
+        if main.white_box and main.iterative
+        else PGD(**surroundings(main.attack))
     )
     width = probes.width(attack)
     if NormType(attack.norm) is NormType.INFINITY:
@@ -374,15 +376,17 @@ def _ball(trial: Trial) -> tuple[NormType, float]:
     return trial.norm, trial.epsilon
 
 
-def _surroundings(trial: Trial) -> dict[str, Any]:
-    """The arguments that let another attack do what that of a trial may do."""
-    attack = trial.attack
+def surroundings(attack: Any) -> dict[str, Any]:
+    """The arguments that let another attack do what this one may do.
+
+    Args:
+        attack: An attack that has a radius and a norm.
+    """
     names = ("feature_mask", "clip_value_min", "clip_value_max", "from_logits")
-    norm, epsilon = _ball(trial)
     return {
         **{name: getattr(attack, name, None) for name in names},
-        "norm": norm,
-        "epsilon": epsilon,
+        "norm": attack.norm,
+        "epsilon": attack.epsilon,
         "seed": _seed(attack),
     }
 

@@ -11,7 +11,7 @@ for the occasion, so that what tracing costs is counted.
     python benchmarks/attack_speed.py [--turns 5] [--images 2000] [--epochs 5]
     python benchmarks/attack_speed.py --autoattack [--turns 1] [--images 200]
 
-The peers come by `python -m pip install -e ".[attacks]" foolbox`.
+The peers, and MNIST, come by `python -m pip install -e ".[demo,attacks]" foolbox`.
 """
 
 import argparse

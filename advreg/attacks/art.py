@@ -25,7 +25,7 @@ import tensorflow as tf
 from keras import tree
 
 from advreg._extras import import_extra
-from advreg.attacks.base import check_range
+from advreg.attacks.base import check_range, check_width
 from advreg.attacks.engine import Scene, Threat, size
 from advreg.attacks.victim import OutputForm, Victim
 from advreg.checks import (
@@ -520,23 +520,9 @@ class ART:
                 "`parallel_pool_size` must be 0: a Keras model cannot be sent to other "
                 f"processes. Received: {self._kwargs['parallel_pool_size']!r}"
             )
-        self._check_width()
-
-    def _check_width(self) -> None:
-        """Checks the radius against the range, where both are numbers."""
-        low, high = self.clip_value_min, self.clip_value_max
-        if (
-            self.norm is NormType.INFINITY
-            and self.epsilon is not None
-            and is_number(low)
-            and is_number(high)
-            and self.epsilon > (high - low) * (1 + 1e-6)
-        ):
-            raise ValueError(
-                "`eps` must not be larger than the range from `clip_value_min` to "
-                f"`clip_value_max`, which is {high - low:g} wide. Received: "
-                f"{self.epsilon:g}"
-            )
+        check_width(
+            "eps", self.epsilon, self.norm, self.clip_value_min, self.clip_value_max
+        )
 
     def _check_form(self, form: OutputForm) -> None:
         """Checks that there are enough classes."""

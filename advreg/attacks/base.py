@@ -68,7 +68,9 @@ class Attack:
             self._set(name, constraint(name, getattr(self, name)))
         check_mask(self.feature_mask)
         check_order(self.clip_value_min, self.clip_value_max)
-        self._check_width()
+        check_width(
+            "epsilon", self.epsilon, norm, self.clip_value_min, self.clip_value_max
+        )
         if self.from_logits is not None:
             self._set("from_logits", flag("from_logits", self.from_logits))
         if self.seed is not None:
@@ -100,11 +102,6 @@ class Attack:
                 )
             changes["step_size"] = step_size * epsilon / self.epsilon
         return dataclasses.replace(self, **changes)
-
-    def surroundings(self) -> dict[str, Any]:
-        """Returns the arguments that say what the attack may do, and to what."""
-        names = ("epsilon", "norm", "feature_mask", "clip_value_min", "clip_value_max")
-        return {name: getattr(self, name) for name in (*names, "from_logits", "seed")}
 
     def rounds(self, scene: Scene) -> Sequence[Round]:
         """The rounds that it consists of, against this model."""
@@ -266,21 +263,6 @@ class Attack:
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
-    def _check_width(self) -> None:
-        """Checks the radius against the range, where both are numbers."""
-        low, high = self.clip_value_min, self.clip_value_max
-        if (
-            self.norm is NormType.INFINITY
-            and is_number(low)
-            and is_number(high)
-            and self.epsilon > (high - low) * (1 + 1e-6)
-        ):
-            raise ValueError(
-                "`epsilon` must not be larger than the range from `clip_value_min` to "
-                f"`clip_value_max`, which is {high - low:g} wide. Received: "
-                f"{self.epsilon:g}"
-            )
-
 
 def check_norm(value: Any) -> NormType:
     """Checks a norm."""
@@ -291,6 +273,27 @@ def check_norm(value: Any) -> NormType:
             "`norm` must be one of 'l1', 'l2' and 'infinity' (or 'linf', 'inf', 1, 2, "
             f"np.inf). Received: {value!r}"
         ) from None
+
+
+def check_width(
+    name: str,
+    epsilon: float | None,
+    norm: NormType | None,
+    low: Constraint,
+    high: Constraint,
+) -> None:
+    """Checks a radius against the clip range, where both are numbers."""
+    if (
+        norm is NormType.INFINITY
+        and epsilon is not None
+        and is_number(low)
+        and is_number(high)
+        and epsilon > (high - low) * (1 + 1e-6)
+    ):
+        raise ValueError(
+            f"`{name}` must not be larger than the range from `clip_value_min` to "
+            f"`clip_value_max`, which is {high - low:g} wide. Received: {epsilon:g}"
+        )
 
 
 def check_loss(value: Any) -> str | None:

@@ -327,7 +327,7 @@ class Cascade:
 
     def _push(self, stage: int, rows: Rows, before: Outcome | None) -> None:
         waiting = self._waiting[stage]
-        if waiting and not _fit(waiting[-1][0], rows):
+        if waiting and not fit(waiting[-1][0], rows):
             self._run(stage)  # Sequences of another length make another batch.
         waiting.append((rows, before))
         while sum(size(rows) for rows, _ in waiting) >= self._batch_size:
@@ -371,6 +371,26 @@ def take(rows: Rows, places: np.ndarray) -> Rows:
     )
 
 
+def join(parts: Sequence[Rows]) -> Rows:
+    """Puts rows below rows."""
+    return tree.map_structure(
+        lambda *leaves: (
+            np.concatenate(leaves)
+            if isinstance(leaves[0], np.ndarray)
+            else tf.concat(leaves, 0)
+        ),
+        *parts,
+    )
+
+
+def fit(one: Rows, other: Rows) -> bool:
+    """Whether rows can stand in one batch: sequences may differ in length."""
+    names = ("features", "classes", "labels")
+    return repr(signature_of(_only(one, names))) == repr(
+        signature_of(_only(other, names))
+    )
+
+
 def size(rows: Rows) -> int:
     """The number of rows."""
     leaf = tree.flatten(rows)[0]
@@ -396,26 +416,11 @@ def _joined(
 ) -> tuple[Rows, Outcome | None]:
     if len(waiting) == 1:
         return waiting[0]
-    rows = tree.map_structure(
-        lambda *leaves: (
-            np.concatenate(leaves)
-            if isinstance(leaves[0], np.ndarray)
-            else tf.concat(leaves, 0)
-        ),
-        *(rows for rows, _ in waiting),
-    )
+    rows = join([rows for rows, _ in waiting])
     outcomes = [before for _, before in waiting if before is not None]
     if not outcomes:
         return rows, None
     return rows, Outcome(*(np.concatenate(p) for p in zip(*outcomes, strict=True)))
-
-
-def _fit(one: Rows, other: Rows) -> bool:
-    """Whether rows can stand in one batch."""
-    names = ("features", "classes", "labels")
-    return repr(signature_of(_only(one, names))) == repr(
-        signature_of(_only(other, names))
-    )
 
 
 def _only(rows: Rows, names: Sequence[str]) -> Rows:
