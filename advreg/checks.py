@@ -50,13 +50,13 @@ def length(name: str, value: Any, rule: str = "a number") -> float:
     return number
 
 
-def count(name: str, value: Any) -> int:
+def count(name: str, value: Any, least: int = 1) -> int:
     """Checks a number of iterations, restarts or examples: an integer, at least 1."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"`{name}` must be an integer. Received: {show(value)}")
-    if not 1 <= int(value) < 2**31:
+    if not least <= int(value) < 2**31:
         raise ValueError(
-            f"`{name}` must be at least 1 and fit 32 bits. Received: {value!r}"
+            f"`{name}` must be at least {least} and fit 32 bits. Received: {value!r}"
         )
     return int(value)
 

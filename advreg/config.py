@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import functools
 import json
 import math
 import numbers
@@ -55,6 +54,11 @@ class NormType(str, enum.Enum):
         return {"l1": "L1", "l2": "L2"}.get(self.value, "L∞")
 
     @classmethod
+    def all(cls) -> list[NormType]:
+        """Returns all norms."""
+        return list(cls)
+
+    @classmethod
     def _missing_(cls, value: object) -> NormType:
         aliases = {"linf": "infinity", "inf": "infinity"}
         if isinstance(value, str):
@@ -79,7 +83,7 @@ class _Config:
     JSON is.
     """
 
-    @functools.cached_property
+    @property
     def _json(self) -> str:
         return json.dumps(keras.saving.serialize_keras_object(self), sort_keys=True)
 
@@ -147,7 +151,8 @@ class AdvNeighborConfig(_Config):
             `"linf"`, `"inf"`, `1`, `2`, `np.inf`, a `NormType`).
         clip_value_min: Smallest value of a perturbed feature. It wins over the ball.
         clip_value_max: Largest value of a perturbed feature.
-        pgd_iterations: Number of steps, at least 1.
+        pgd_iterations: Number of steps, at least 1; or 0 with `random_init`, for a
+            random perturbation alone.
         pgd_epsilon: Radius of the ball around the input that the perturbation stays
             in: a non-negative number, a `LearningRateSchedule`, or `None` for no ball,
             where several steps may go as far as their lengths add up to.
@@ -174,14 +179,16 @@ class AdvNeighborConfig(_Config):
     random_init: bool = False
 
     def __post_init__(self) -> None:
+        random_init = flag("random_init", self.random_init)
+        least = 0 if random_init else 1
         checked = {
             "feature_mask": constraint("feature_mask", self.feature_mask),
             "adv_step_size": magnitude("adv_step_size", self.adv_step_size),
             "adv_grad_norm": NormType(self.adv_grad_norm),
             "clip_value_min": constraint("clip_value_min", self.clip_value_min),
             "clip_value_max": constraint("clip_value_max", self.clip_value_max),
-            "pgd_iterations": count("pgd_iterations", self.pgd_iterations),
-            "random_init": flag("random_init", self.random_init),
+            "pgd_iterations": count("pgd_iterations", self.pgd_iterations, least),
+            "random_init": random_init,
         }
         if self.pgd_epsilon is not None:
             checked["pgd_epsilon"] = magnitude("pgd_epsilon", self.pgd_epsilon)

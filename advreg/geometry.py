@@ -106,7 +106,7 @@ def project(displacement: Tensor, radius: Tensor | float, norm: NormType) -> Ten
 def sample_unit_ball(
     shape: tuple[Any, Any],
     norm: NormType,
-    seed: random.SeedGenerator,
+    seed: random.SeedGenerator | None = None,
     free: Tensor | None = None,
     dtype: str = "float32",
 ) -> Tensor:
@@ -120,7 +120,8 @@ def sample_unit_ball(
     Args:
         shape: `(batch, values)`, numbers or scalar tensors.
         norm: A `NormType`.
-        seed: The `keras.random.SeedGenerator` to draw from.
+        seed: The `keras.random.SeedGenerator` to draw from: Keras's global one if
+            `None`.
         free: Optional boolean tensor that broadcasts to `shape`: where it is false,
             the coordinate is 0.
         dtype: Float type of the result.

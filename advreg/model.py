@@ -289,8 +289,9 @@ class AdversarialRegularization(keras.Model):
         labeled_loss = self._compile_loss(y, y_pred, sample_weight)
         loss = self._total_loss(labeled_loss, self.losses)
         self._track(self._loss_tracker, loss, x)
+        self._track(self._labeled_loss_tracker, labeled_loss, x)
         logs = self.compute_metrics(x, y, y_pred, sample_weight)
-        names = {tracker.name for tracker in self._training_trackers}
+        names = {tracker.name for tracker in self._hidden_in_evaluation}
         return {name: value for name, value in logs.items() if name not in names}
 
     def predict_step(self, data: Any) -> Any:
@@ -323,9 +324,9 @@ class AdversarialRegularization(keras.Model):
         Keras asks at the end of an epoch, and of an evaluation, which has reset them.
         """
         results = super().get_metrics_result()
-        counted = tf.executing_eagerly() and self._labeled_loss_tracker.count.numpy()
-        if not counted:
-            for tracker in self._training_trackers:
+        tracker = self._adversarial_loss_tracker
+        if not (tf.executing_eagerly() and tracker.count.numpy()):
+            for tracker in self._hidden_in_evaluation:
                 results.pop(tracker.name, None)
         return results
 
@@ -548,6 +549,11 @@ class AdversarialRegularization(keras.Model):
     def _training_trackers(self) -> tuple[keras.metrics.Metric, ...]:
         """What `fit` reports beside the results of the base model."""
         return self._labeled_loss_tracker, self._adversarial_loss_tracker
+
+    @property
+    def _hidden_in_evaluation(self) -> tuple[keras.metrics.Metric, ...]:
+        """What `evaluate` does not report, because the base model would not."""
+        return self._training_trackers
 
     def _clean_pass(
         self, x: Features, y: Any, sample_weight: Any, wanted: Sequence[bool]

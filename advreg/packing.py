@@ -22,6 +22,10 @@ Features = Any  # a tensor, or a nested dict, list or tuple of tensors
 Gradients = list  # one tensor, or `None`, for each leaf of the features
 
 
+class NothingMovesError(ValueError):
+    """No feature can be perturbed."""
+
+
 class Packing:
     """All features that move, as one `[batch, values]` matrix, and back.
 
@@ -38,7 +42,7 @@ class Packing:
         self.moving = list(moving)
         self.tensors = list(itertools.compress(self.leaves, self.moving))
         if not self.tensors:
-            raise ValueError(
+            raise NothingMovesError(
                 "Nothing can be perturbed: only dense float features, and images of "
                 "type uint8, that the loss depends on can, and of the features "
                 "received none is both. Cast quantities that arrive as integers to "

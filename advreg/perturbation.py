@@ -20,7 +20,7 @@ from advreg.ball import Ball, Settings
 from advreg.config import AdvNeighborConfig, AdvRegConfig, check_adv_config
 from advreg.geometry import Tensor
 from advreg.movable import movable
-from advreg.packing import Features, Gradients, describe
+from advreg.packing import Features, Gradients, NothingMovesError, describe
 
 
 def perturb(
@@ -232,17 +232,18 @@ def _neighbor(
         wanted,
     )
     if all(gradient is None for gradient in gradients):
-        raise ValueError(
+        raise NothingMovesError(
             "Nothing can be perturbed: `labeled_loss` has no gradient with respect to "
             "`input_features`. They must be dense float tensors, not NumPy arrays, "
             "that the loss depends on and that `gradient_tape` watched before the "
             f"forward pass (`tape.watch`). Received: {describe(input_features)}"
         )
     if raise_invalid_gradient and any(gradient is None for gradient in gradients):
+        names = _name_leaves(input_features, [g is None for g in gradients])
         raise ValueError(
-            "`raise_invalid_gradient` is set, and these features cannot be perturbed, "
-            "because they are not dense floats or the loss does not depend on them: "
-            f"{_name_leaves(input_features, [g is None for g in gradients])}"
+            f"Cannot perturb the features {names}, and `raise_invalid_gradient` is "
+            "set: they are not dense floats, or the loss does not depend on them. "
+            f"Received: {describe(input_features)}"
         )
 
     def loss_at(features: Features) -> Tensor:

@@ -1,0 +1,31 @@
+"""What Neural Structured Learning has and advreg has not, and where to find it."""
+
+from collections.abc import Callable, Mapping
+from typing import NoReturn
+
+GRAPHS = (
+    "graph regularisation is no part of advreg, which is for adversarial learning. NSL "
+    "1.4.0 still runs, in an environment of its own with Python 3.11, TensorFlow 2.15 "
+    "and numpy < 2"
+)
+ESTIMATORS = (
+    "TensorFlow 2.16 and later have no Estimators. Build the network as a Keras model "
+    "and wrap it: `nsl.keras.AdversarialRegularization(model, ...)`"
+)
+FUSION = "multimodal fusion is no part of advreg, which is for adversarial learning"
+
+
+def absent(module: str, reasons: Mapping[str, str]) -> Callable[[str], NoReturn]:
+    """Makes the `__getattr__` of a module that says why a name is not there.
+
+    Args:
+        module: Name of the module.
+        reasons: For each name that Neural Structured Learning has there, why advreg
+            has it not, and where to go.
+    """
+
+    def look_up(name: str) -> NoReturn:
+        reason = f": {reasons[name]}." if name in reasons else ""
+        raise AttributeError(f"module {module!r} has no attribute {name!r}{reason}")
+
+    return look_up

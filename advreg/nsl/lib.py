@@ -1,0 +1,378 @@
+"""`nsl.lib`: the functions of Neural Structured Learning, over advreg's arithmetic."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import keras
+import tensorflow as tf
+from keras import ops, tree
+
+from advreg import geometry, perturbation
+from advreg.config import AdvNeighborConfig, NormType
+from advreg.geometry import Tensor
+from advreg.nsl._absent import GRAPHS, absent
+from advreg.nsl._distances import (
+    jensen_shannon_divergence,
+    kl_divergence,
+    pairwise_distance_wrapper,
+)
+from advreg.nsl.configs import (
+    AdvTargetConfig,
+    AdvTargetType,
+    DecayConfig,
+    DecayType,
+    VirtualAdvConfig,
+)
+from advreg.packing import Features, NothingMovesError, Packing
+from advreg.perturbation import to_tensor
+
+__all__ = [
+    "adv_regularizer",
+    "apply_feature_mask",
+    "decay_over_time",
+    "gen_adv_neighbor",
+    "get_target_indices",
+    "jensen_shannon_divergence",
+    "kl_divergence",
+    "maximize_within_unit_norm",
+    "normalize",
+    "pairwise_distance_wrapper",
+    "project_to_ball",
+    "random_in_norm_ball",
+    "virtual_adv_regularizer",
+]
+
+Norm: TypeAlias = NormType | str | float
+
+__getattr__ = absent(
+    __name__,
+    {
+        "GenNeighbor": "it was an abstract class without behaviour. Write a function",
+        "replicate_embeddings": GRAPHS,
+        "strip_neighbor_features": GRAPHS,
+        "unpack_neighbor_features": GRAPHS,
+    },
+)
+
+
+def gen_adv_neighbor(
+    input_features: Features,
+    labeled_loss: Tensor,
+    config: AdvNeighborConfig,
+    raise_invalid_gradient: bool = False,
+    gradient_tape: tf.GradientTape | None = None,
+    pgd_model_fn: Callable[[Features], Any] | None = None,
+    pgd_loss_fn: Callable[[Any, Any], Tensor] | None = None,
+    pgd_labels: Any = None,
+    use_while_loop: bool = False,
+) -> tuple[Features, Tensor]:
+    """Generates the adversarial neighbour of each example.
+
+    It is `advreg.gen_adv_neighbor`, but where nothing can be perturbed it warns and
+    returns the features, unless `raise_invalid_gradient` is set.
+
+    Args: as those of `advreg.gen_adv_neighbor`.
+
+    Returns:
+        The perturbed features, and the weight of each neighbour, ones of shape
+        `[batch, 1]` in float32.
+
+    Raises:
+        TypeError, ValueError: As of `advreg.gen_adv_neighbor`.
+
+    Example:
+    >>> neighbor, _ = nsl.lib.gen_adv_neighbor(x, loss, config, gradient_tape=tape)
+    """
+    try:
+        return perturbation.gen_adv_neighbor(
+            input_features,
+            labeled_loss,
+            config,
+            raise_invalid_gradient,
+            gradient_tape,
+            pgd_model_fn,
+            pgd_loss_fn,
+            pgd_labels,
+            use_while_loop,
+        )
+    except NothingMovesError as error:
+        if raise_invalid_gradient:
+            raise
+        warnings.warn(str(error), stacklevel=2)
+        batch = tf.shape(tree.flatten(input_features)[0])[0]
+        return input_features, tf.ones([batch, 1])
+
+
+def normalize(tensor: Tensor, norm_type: Norm, epsilon: float = 1e-6) -> Tensor:
+    """Divides each example by its norm.
+
+    Args:
+        tensor: Float tensor whose first axis is the batch.
+        norm_type: The norm, taken over all other axes.
+        epsilon: What the divisor does not go below.
+
+    Returns:
+        Tensor of the shape and dtype of `tensor`.
+    """
+    norm_type = NormType(norm_type)
+
+    def divide(rows: Tensor) -> Tensor:
+        if norm_type is NormType.L2:
+            norm = geometry.l2_norm(rows)
+        else:
+            total = ops.sum if norm_type is NormType.L1 else ops.max
+            norm = total(ops.abs(rows), axis=1, keepdims=True)
+        return rows / ops.maximum(norm, epsilon)
+
+    return _on_rows(divide, tensor)
+
+
+def project_to_ball(
+    tensors: Features, radius: float, norm_type: Norm, epsilon: float = 1e-6
+) -> Features:
+    """Moves each example to the nearest point of a ball around the origin.
+
+    Args:
+        tensors: A float tensor, or a structure of them, whose first axis is the batch.
+        radius: Radius of the ball.
+        norm_type: The norm of the ball, joint over all tensors.
+        epsilon: Accepted for callers of Neural Structured Learning: the projection
+            divides by no small number.
+
+    Returns:
+        The structure of `tensors`, of the same shapes and dtypes.
+    """
+    del epsilon
+    norm_type = NormType(norm_type)
+    return _on_rows(lambda rows: geometry.project(rows, radius, norm_type), tensors)
+
+
+def random_in_norm_ball(
+    tensor_structure: Features, radius: float, norm_type: Norm
+) -> Features:
+    """Draws each example uniformly from a ball around the origin.
+
+    Draws from Keras's global generator: `keras.utils.set_random_seed` repeats it.
+
+    Args:
+        tensor_structure: A float tensor, or a structure of them, whose first axis is
+            the batch. Only shapes and dtypes count.
+        radius: Radius of the ball.
+        norm_type: The norm of the ball, joint over all tensors.
+
+    Returns:
+        The structure of `tensor_structure`, of the same shapes and dtypes.
+
+    Raises:
+        ValueError: A tensor is not of floats, or the batches differ in size.
+    """
+    norm_type = NormType(norm_type)
+
+    def draw(rows: Tensor) -> Tensor:
+        dtype = keras.backend.standardize_dtype(rows.dtype)
+        return radius * geometry.sample_unit_ball(
+            tuple(ops.shape(rows)), norm_type, dtype=dtype
+        )
+
+    return _on_rows(draw, tensor_structure)
+
+
+def maximize_within_unit_norm(
+    weights: Features, norm_type: Norm, epsilon: float = 1e-6
+) -> Features:
+    """Solves `max ⟨weights, d⟩ subject to ‖d‖ ≤ 1` for each example.
+
+    Args:
+        weights: A float tensor, or a structure of them, whose first axis is the batch.
+        norm_type: The norm, joint over all tensors.
+        epsilon: Accepted for callers of Neural Structured Learning: the solution does
+            not change when the weights are scaled, however small they are.
+
+    Returns:
+        The structure of `weights`, of the same shapes and dtypes.
+    """
+    del epsilon
+    norm_type = NormType(norm_type)
+    return _on_rows(lambda rows: geometry.steepest_direction(rows, norm_type), weights)
+
+
+def apply_feature_mask(features: Tensor, feature_mask: Tensor | None = None) -> Tensor:
+    """Multiplies features by a mask.
+
+    Args:
+        features: Float tensor.
+        feature_mask: Weights in [0, 1] that broadcast to `features`, or `None`.
+
+    Returns:
+        Tensor of the shape and dtype of `features`.
+
+    Raises:
+        tf.errors.InvalidArgumentError: A weight is not in [0, 1].
+    """
+    if feature_mask is None:
+        return features
+    with tf.control_dependencies(
+        [
+            tf.debugging.assert_greater_equal(feature_mask, 0.0),
+            tf.debugging.assert_less_equal(feature_mask, 1.0),
+        ]
+    ):
+        return features * tf.cast(feature_mask, features.dtype)
+
+
+def get_target_indices(
+    logits: Tensor, labels: Tensor, adv_target_config: AdvTargetConfig
+) -> Tensor:
+    """Chooses the class that a targeted attack aims at.
+
+    Args:
+        logits: Float tensor of shape `[batch, classes]`.
+        labels: Integer tensor of shape `[batch]`.
+        adv_target_config: An `AdvTargetConfig`.
+
+    Returns:
+        Integer tensor of shape `[batch]`: in int32, or the labels themselves.
+    """
+    method = AdvTargetType(adv_target_config.target_method)
+    if method is AdvTargetType.SECOND:
+        return tf.nn.top_k(logits, k=2).indices[:, 1]
+    if method is AdvTargetType.LEAST:
+        return tf.argmin(logits, axis=-1, output_type=tf.int32)
+    if method is AdvTargetType.RANDOM:
+        batch, classes = tf.unstack(tf.shape(logits))
+        seed = int(adv_target_config.random_seed)
+        return tf.random.uniform([batch], maxval=classes, dtype=tf.int32, seed=seed)
+    return labels
+
+
+def decay_over_time(
+    global_step: Tensor | int, decay_config: DecayConfig, init_value: Any = 1.0
+) -> Tensor:
+    """Decays a value over the steps of training.
+
+    Args:
+        global_step: Number of steps taken.
+        decay_config: A `DecayConfig`.
+        init_value: The value at step 0.
+
+    Returns:
+        Scalar float32 tensor.
+    """
+    times = tf.cast(global_step, tf.float32) / tf.cast(
+        decay_config.decay_steps, tf.float32
+    )
+    rate = tf.cast(decay_config.decay_rate, tf.float32)
+    kind = DecayType(decay_config.decay_type)
+    if kind is DecayType.EXPONENTIAL_DECAY:
+        factor = rate**times
+    elif kind is DecayType.INVERSE_TIME_DECAY:
+        factor = 1.0 / (1.0 + rate * times)
+    else:
+        factor = tf.exp(-rate * times)
+    decayed = tf.cast(init_value, tf.float32) * factor
+    return tf.maximum(decayed, tf.cast(decay_config.min_value, tf.float32))
+
+
+def adv_regularizer(
+    adv_neighbors: Tensor,
+    target_scores: Tensor,
+    model_fn: Callable[..., Tensor],
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Computes the loss at adversarial neighbours.
+
+    Args:
+        adv_neighbors: Float tensor whose first axis is the batch.
+        target_scores: The targets to hand to `loss_fn`.
+        model_fn: Function of the neighbours with the keyword arguments `is_train` and
+            `reuse`, which it gets as a tensor that is false and as `True`.
+        loss_fn: Function `(targets, predictions) -> loss`.
+
+    Returns:
+        What `loss_fn` returns.
+    """
+    predictions = model_fn(adv_neighbors, is_train=tf.constant(False), reuse=True)
+    return loss_fn(target_scores, predictions)
+
+
+def virtual_adv_regularizer(
+    input_layer: Tensor,
+    embedding_fn: Callable[[Tensor], Tensor],
+    virtual_adv_config: VirtualAdvConfig,
+    embedding: Tensor | None = None,
+) -> Tensor:
+    """Computes the virtual adversarial loss, which needs no labels.
+
+    It is the distance between the embedding of an input and that of a neighbour in the
+    direction that moves it most, found by power iteration from a random one
+    ([Miyato et al., 2018](https://arxiv.org/abs/1704.03976)).
+
+    Args:
+        input_layer: Float tensor whose first axis is the batch.
+        embedding_fn: Function from inputs to embeddings.
+        virtual_adv_config: A `VirtualAdvConfig`.
+        embedding: `embedding_fn(input_layer)`, where it is known already.
+
+    Returns:
+        The distance, a scalar unless the reduction says otherwise. Its gradient goes
+        through the neighbour alone.
+    """
+    if embedding is None:
+        embedding = embedding_fn(input_layer)
+    direction = tf.random.normal(tf.shape(input_layer), dtype=input_layer.dtype)
+    return _virtual_adv_regularizer(
+        input_layer, embedding_fn, virtual_adv_config, embedding, direction
+    )
+
+
+def _virtual_adv_regularizer(
+    input_layer: Tensor,
+    embedding_fn: Callable[[Tensor], Tensor],
+    virtual_adv_config: VirtualAdvConfig,
+    embedding: Tensor,
+    seed_perturbation: Tensor,
+) -> Tensor:
+    """Does what `virtual_adv_regularizer` does, from a given direction."""
+    config = virtual_adv_config.adv_neighbor_config
+
+    def unit(direction: Tensor) -> Tensor:
+        masked = apply_feature_mask(direction, config.feature_mask)
+        return normalize(masked, config.adv_grad_norm)
+
+    def distance(embedding: Tensor, moved: Tensor) -> Tensor:
+        neighbor = embedding_fn(input_layer + moved)
+        return pairwise_distance_wrapper(
+            embedding, neighbor, distance_config=virtual_adv_config.distance_config
+        )
+
+    direction = unit(seed_perturbation)
+    for _ in range(virtual_adv_config.num_approx_steps):
+        with tf.GradientTape() as tape:
+            moved = virtual_adv_config.approx_difference * direction
+            tape.watch(moved)
+            loss = distance(embedding, moved)
+        direction = tf.stop_gradient(unit(tape.gradient(loss, moved)))
+    return distance(tf.stop_gradient(embedding), config.adv_step_size * direction)
+
+
+def _on_rows(function: Callable[[Tensor], Tensor], tensors: Features) -> Features:
+    """Applies a function to the rows that all tensors make together."""
+    tensors = tree.map_structure(to_tensor, tensors)
+    leaves = tree.flatten(tensors)
+    if not leaves:
+        return tensors
+    if not all(leaf.dtype.is_floating for leaf in leaves):
+        raise ValueError(
+            "All tensors must be of floats. Received: "
+            f"{[leaf.dtype.name for leaf in leaves]}"
+        )
+    if len({leaf.shape[0] for leaf in leaves} - {None}) > 1:
+        raise ValueError(
+            "The first dimension, the batch, must be the same for all tensors. "
+            f"Received shapes: {[tuple(leaf.shape) for leaf in leaves]}"
+        )
+    packing = Packing(tensors, [True] * len(leaves))
+    return packing.unpack(function(packing.pack(leaves)))
