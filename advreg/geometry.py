@@ -50,8 +50,6 @@ def steepest_direction(gradient: Tensor, norm: NormType) -> Tensor:
     """
     if norm is NormType.INFINITY:
         return ops.sign(gradient)
-    # Dividing by the largest magnitude first keeps squares from under- and
-    # overflowing, whatever the loss is scaled by.
     magnitude = ops.abs(gradient)
     largest = ops.max(magnitude, axis=1, keepdims=True)
     tiny = _tiny(gradient)
@@ -60,9 +58,9 @@ def steepest_direction(gradient: Tensor, norm: NormType) -> Tensor:
         ties = ops.cast(ops.logical_and(magnitude == largest, nonzero), gradient.dtype)
         count = ops.maximum(ops.sum(ties, axis=1, keepdims=True), 1.0)
         return ops.sign(gradient) * (ties / count)
-    scaled = ops.where(nonzero, gradient / ops.maximum(largest, tiny), 0.0)
+    scaled = ops.where(nonzero, gradient / _scale(largest), 0.0)
     length = ops.sqrt(ops.sum(ops.square(scaled), axis=1, keepdims=True))
-    return scaled / ops.maximum(length, 1.0)  # A row that is not zero has length >= 1.
+    return scaled / ops.maximum(length, tiny)
 
 
 @_widened
@@ -148,9 +146,17 @@ def sample_unit_ball(
 
 def l2_norm(rows: Tensor) -> Tensor:
     """Returns the Euclidean norm of each row as `[batch, 1]`, safe at any scale."""
-    largest = ops.max(ops.abs(rows), axis=1, keepdims=True)
-    scale = ops.maximum(largest, _tiny(rows))
+    scale = _scale(ops.max(ops.abs(rows), axis=1, keepdims=True))
     return scale * ops.sqrt(ops.sum(ops.square(rows / scale), axis=1, keepdims=True))
+
+
+def _scale(largest: Tensor) -> Tensor:
+    """What to divide rows by, lest their squares under- or overflow.
+
+    It is 1, and costs no rounding, unless the largest magnitude is extreme.
+    """
+    safe = ops.logical_and(largest > 1e-15, largest < 1e15)
+    return ops.where(safe, 1.0, ops.maximum(largest, _tiny(largest)))
 
 
 def _shrinkage(length: Tensor, radius: Tensor) -> Tensor:

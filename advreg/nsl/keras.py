@@ -157,7 +157,7 @@ class AdversarialRegularization(model.AdversarialRegularization):
     def get_metrics_result(self) -> dict[str, Tensor]:
         """Returns what the trackers hold, under NSL's names."""
         results = super().get_metrics_result()
-        outputs = self.output_names
+        outputs = getattr(self.base_model, "output_names", None)
         if len(self.label_keys) == 1 or not outputs:
             return results
         names = {}
@@ -290,7 +290,7 @@ def mend_metrics_names() -> None:
 def _losses_per_label(loss: Any, model: AdversarialRegularization) -> list[Any]:
     """Lists the loss of each output, in the order of the labels."""
     if isinstance(loss, Mapping):
-        loss = _in_order("loss", loss, model.output_names)
+        loss = _in_order("loss", loss, model)
     elif not isinstance(loss, (list, tuple)):
         loss = [loss] * len(model.label_keys)
     _check_number("loss", loss, model)
@@ -302,7 +302,7 @@ def _metrics_per_label(
 ) -> list[list[Any]]:
     """Lists the metrics of each output, in the order of the labels."""
     if isinstance(metrics, Mapping):
-        metrics = _in_order("metrics", metrics, model.output_names)
+        metrics = _in_order("metrics", metrics, model)
     else:
         metrics = [] if metrics is None else metrics
         metrics = metrics if isinstance(metrics, (list, tuple)) else [metrics]
@@ -313,14 +313,17 @@ def _metrics_per_label(
     return [[] if some is None else tree.flatten(some) for some in metrics]
 
 
-def _in_order(name: str, values: Mapping, outputs: Sequence[str] | None) -> list[Any]:
+def _in_order(
+    name: str, values: Mapping, model: AdversarialRegularization
+) -> list[Any]:
     """Puts what belongs to named outputs in their order."""
-    if unknown := sorted(set(values) - set(outputs or ())):
+    outputs = getattr(model.base_model, "output_names", None) or []
+    if unknown := sorted(set(values) - set(outputs)):
         raise ValueError(
             f"`{name}` must have names of outputs as keys, which are {outputs}. "
             f"Received: {unknown}"
         )
-    return [values.get(output) for output in outputs or ()]
+    return [values.get(output) for output in outputs]
 
 
 def _check_number(
