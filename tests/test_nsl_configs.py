@@ -179,3 +179,10 @@ def test_no_iterations_after_a_random_start():
     assert config.pgd_iterations == 0
     with pytest.raises(ValueError, match="`pgd_iterations` must be at least 1"):
         nsl.configs.AdvNeighborConfig(pgd_iterations=0)
+
+
+def test_inner_modules_are_found_too():
+    assert nsl.keras.adversarial_regularization is nsl.keras
+    for name in ("adversarial_neighbor", "distances", "regularizer", "utils"):
+        assert getattr(nsl.lib, name) is nsl.lib
+    assert nsl.configs.configs is nsl.configs

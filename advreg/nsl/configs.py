@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import sys
 from typing import Any
 
 import keras
@@ -46,6 +47,8 @@ __getattr__ = absent(
         "make_graph_reg_config": GRAPHS,
     },
 )
+
+configs = sys.modules[__name__]  # NSL's inner module.
 
 _Reduction = tf.compat.v1.losses.Reduction
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,6 +24,8 @@ from advreg.perturbation import to_tensor
 __all__ = ["AdversarialRegularization", "adversarial_loss"]
 
 __getattr__ = absent(__name__, {"GraphRegularization": GRAPHS, "layers": GRAPHS})
+
+adversarial_regularization = sys.modules[__name__]  # NSL's inner module.
 
 # The task that a loss belongs to, where it is not the choice of one class.
 _TASKS = {
