@@ -20,6 +20,7 @@ from advreg.geometry import Tensor
 from advreg.images import as_floats, float_twin
 from advreg.packing import Features, describe
 from advreg.perturbation import to_tensor
+from advreg.scores import logits_of, loss_name, takes_logits, widen
 
 _CACHE = "_advreg_compiled"
 _OF_VALUES = (
@@ -54,13 +55,8 @@ class OutputForm:
 
     def logits(self, outputs: Tensor) -> Tensor:
         """The logits, float32 at least, one for each class."""
-        scores = outputs if self.from_logits else _before_activation(outputs)
-        if scores is None:
-            scores = _log(outputs, self.columns)
-        scores = _wide(tf.reshape(scores, [-1, self.columns]))
-        if self.columns > 1:
-            return scores
-        return tf.concat([tf.zeros_like(scores), scores], axis=1)
+        logits = logits_of(outputs, self.from_logits)
+        return tf.reshape(logits, [-1, self.classes])
 
 
 class Victim:
@@ -112,7 +108,7 @@ class Victim:
     @property
     def fits_values(self) -> bool:
         """Whether the compiled loss is one of regression."""
-        name = _loss_name(getattr(self.model, "loss", None))
+        name = loss_name(getattr(self.model, "loss", None))
         return name is not None and re.fullmatch(_OF_VALUES, name) is not None
 
     def unpack(self, data: Any) -> tuple[Features, Any]:
@@ -243,7 +239,7 @@ class Victim:
                 f"`y` must be one array of labels. Received: {describe(y)}"
             )
         # As Keras does: labels in the type of the outputs, and for functions the rank.
-        outputs, target = _wide(outputs), labels[0]
+        outputs, target = widen(outputs), labels[0]
         if target.dtype.is_floating or target.dtype.is_integer or target.dtype.is_bool:
             target = tf.cast(target, outputs.dtype)
         if isinstance(loss, keras.losses.Loss):
@@ -251,16 +247,16 @@ class Victim:
         else:
             function, target = loss, _of_rank(target, outputs)
         try:
-            values = _wide(tf.convert_to_tensor(function(target, outputs)))
+            values = widen(tf.convert_to_tensor(function(target, outputs)))
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"`y` must hold labels as the compiled loss, {_loss_name(loss)}, takes "
+                f"`y` must hold labels as the compiled loss, {loss_name(loss)}, takes "
                 f"them: {error} Received: {describe(y)}"
             ) from error
         if not values.shape.rank:
             raise ValueError(
                 "The compiled loss must give a value for each example. Received: "
-                f"{_loss_name(loss)}, which returns a scalar"
+                f"{loss_name(loss)}, which returns a scalar"
             )
         return tf.reduce_mean(values, axis=list(range(1, values.shape.rank)))
 
@@ -370,12 +366,9 @@ class Victim:
     def _says_logits(self) -> bool:
         """Whether compiled loss or last layer say that a single score is a logit."""
         loss = getattr(self.model, "loss", None)
-        if isinstance(loss, str):
-            return False  # Keras's losses take probabilities unless told otherwise.
-        config = loss.get_config() if isinstance(loss, keras.losses.Loss) else {}
-        config = config.get("fn_kwargs") or config
-        if config.get("from_logits") is not None:
-            return bool(config["from_logits"])
+        says = takes_logits(loss)
+        if says is not None:
+            return says
         layers = getattr(self.base, "layers", None) or [None]
         return getattr(layers[-1], "activation", None) is keras.activations.linear
 
@@ -395,34 +388,6 @@ def _spec(leaf: Any) -> Any:
             [None, *spec.shape[1:]], spec.dtype, spec.ragged_rank, spec.row_splits_dtype
         )
     return spec
-
-
-def _before_activation(outputs: Tensor) -> Tensor | None:
-    """The logits that a last softmax or sigmoid was applied to, where they are known.
-
-    A probability that rounds to 1 has lost them, and the gradient with them.
-    """
-    logits = getattr(outputs, "_keras_logits", None)
-    if logits is None and not tf.executing_eagerly():
-        while outputs.op.type in ("Identity", "Cast"):
-            outputs = outputs.op.inputs[0]
-        if outputs.op.type in ("Softmax", "Sigmoid"):
-            logits = outputs.op.inputs[0]
-    return logits
-
-
-def _log(probabilities: Tensor, columns: int) -> Tensor:
-    """Logits that give these probabilities."""
-    probabilities = _wide(probabilities)
-    tiny = tf.constant(np.finfo(probabilities.dtype.as_numpy_dtype).tiny)
-    logits = tf.math.log(tf.maximum(probabilities, tiny))
-    if columns > 1:
-        return logits
-    return logits - tf.math.log(tf.maximum(1 - probabilities, tiny))
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == tf.float64 else tf.cast(tensor, tf.float32)
 
 
 def _of_rank(labels: Tensor, outputs: Tensor) -> Tensor:
@@ -461,13 +426,3 @@ def _tensors(name: str, part: Any) -> Any:
             f"`{name}` must hold arrays that TensorFlow makes tensors of: {error} "
             f"Received: {describe(part)}"
         ) from error
-
-
-def _loss_name(loss: Any) -> str | None:
-    """The name of a loss in Keras's spelling, `None` where there is not just one."""
-    losses = [item for item in tree.flatten(loss) if item is not None]
-    if len(losses) != 1:
-        return None
-    loss = keras.losses.get(losses[0])
-    name = getattr(loss, "__name__", type(loss).__name__)
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
