@@ -79,8 +79,9 @@ _ATTRS = {
 }
 _WRAPPER = ("keras", "AdversarialRegularization")
 _SAVES = "Keras 3 saves to .keras; for a SavedModel call base_model.export"
+_LOADS = "Keras 3 loads .keras and .h5; a SavedModel loads by tf.saved_model.load"
 _SAVED = (".keras", ".h5", ".hdf5")
-_LOADS = {"tensorflow.keras.models.load_model", "tensorflow.keras.saving.load_model"}
+_LOADERS = {"tensorflow.keras.models.load_model", "tensorflow.keras.saving.load_model"}
 _UNCONSTRAINED = {"pgd_epsilon", "clip_value_min", "clip_value_max", "feature_mask"}
 
 Position = tuple[int, int]
@@ -480,8 +481,8 @@ class Module:
         ):
             endings = _SAVED if method == "save" else (".weights.h5",)
             why = _SAVES if method == "save" else "Keras 3 saves them to .weights.h5"
-        elif _modern(path) in _LOADS:
-            endings, why = _SAVED, f"{_SAVES}, and tf.saved_model.load"
+        elif _modern(path) in _LOADERS:
+            endings, why = _SAVED, _LOADS
         elif _modern(path) == "tensorflow.keras.callbacks.ModelCheckpoint":
             endings = _SAVED
             why = "Keras 3 takes .keras, and for weights alone .weights.h5"
@@ -502,9 +503,9 @@ class Module:
             value = node.evaluated_value
             return value if isinstance(value, str) else None
         if isinstance(node, self.cst.FormattedString):
-            last = node.parts[-1] if node.parts else None
-            is_text = isinstance(last, self.cst.FormattedStringText)
-            return last.value if is_text else None
+            text = self.cst.FormattedStringText
+            last = [part.value for part in node.parts[-1:] if isinstance(part, text)]
+            return last[0] if last else None
         if isinstance(node, self.cst.BinaryOperation):
             return self._ending(node.right)
         if isinstance(node, self.cst.Call) and node.args:
