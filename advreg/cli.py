@@ -355,10 +355,15 @@ def _run_migrate(parser: argparse.ArgumentParser, args: argparse.Namespace) -> i
     for line in failures:
         _say(f"not done: {line}")
     _say(
-        f"{len(files)} files looked at, {changed} {'' if args.write else 'would be '}"
-        f"changed, {len(places)} places for a person, {len(failures)} not done"
+        f"{_counted(len(files), 'file')} looked at, {changed} "
+        f"{'' if args.write else 'would be '}changed, "
+        f"{_counted(len(places), 'place')} for a person, {len(failures)} not done"
     )
     return 1 if failures else 0
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _say(text: str, end: str = "\n") -> None:

@@ -375,7 +375,9 @@ def diff(migration: Migration, path: Path) -> str:
 
 
 def _diff(before: str, after: str, name: str) -> str:
-    lines = difflib.unified_diff(lines_of(before), lines_of(after), name, name)
+    # A lone carriage return would have a terminal write over the line.
+    old, new = (re.sub(r"\r(?!\n)", "\n", text) for text in (before, after))
+    lines = difflib.unified_diff(lines_of(old), lines_of(new), name, name)
     return "".join(
         line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n"
         for line in lines

@@ -16,8 +16,11 @@ _INNER = {
     "keras": {"adversarial_regularization"},
     "lib": {"adversarial_neighbor", "distances", "regularizer", "utils"},
 }
-# Those of which it has nothing.
-_LEFT_OUT = {"abstract_gen_neighbor", "graph_regularization"}
+# Those of which it has nothing, and what of each it gives the reason for.
+_LEFT_OUT = {
+    "abstract_gen_neighbor": "GenNeighbor",
+    "graph_regularization": "GraphRegularization",
+}
 MENTION = re.compile(r"neural[-_.]structured[-_.]learning", re.IGNORECASE)
 
 
@@ -27,11 +30,11 @@ def _missing(path: tuple[str, ...]) -> str | None:
     if not path:
         return None
     space, *names = path
-    if len(names) > 1 and names[0] in _LEFT_OUT:
-        del names[0]  # What is said of the name itself says more.
     if space not in _INNER:
         return _absence("advreg.nsl", space)
-    return _absence(f"advreg.nsl.{space}", names[0]) if names else None
+    if not names:
+        return None
+    return _absence(f"advreg.nsl.{space}", _LEFT_OUT.get(names[0], names[0]))
 
 
 def _absence(module: str, name: str) -> str | None:
@@ -41,8 +44,11 @@ def _absence(module: str, name: str) -> str | None:
     try:
         getattr(found, name)
     except AttributeError as error:
-        return str(error)
-    return f"{module} has no public `{name}`; write what you need of it yourself"
+        why = str(error)
+    else:
+        why = f"module {module!r} has no public attribute {name!r}"
+    own = why.endswith(f"{name!r}")  # No reason is given where NSL had it for itself.
+    return f"{why}: do without it, or write it yourself" if own else why
 
 
 def _collapsed(path: tuple[str, ...]) -> tuple[str, ...]:
@@ -339,7 +345,8 @@ class Module:
             else:
                 start = self._span(inner.dot)[0]
                 self.changes.append((start, self._span(inner.attr)[1], ""))
-        if len(collapsed) < 2 and self._is_handed_on(chain[-1] if chain else root):
+        is_module = len(collapsed) < 2 and _INNER.keys() >= set(collapsed)
+        if is_module and self._is_handed_on(chain[-1] if chain else root):
             self._place(
                 root,
                 f"`{'.'.join(written)}`",
