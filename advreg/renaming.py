@@ -235,8 +235,6 @@ class Module:
         if path[0] != _NSL:
             return False
         why = _missing(path[1:])
-        if why is None and len(_collapsed(path[1:])) > 2:
-            why = "advreg has no such module; import it from where the attribute is"
         if why is not None:
             self._place(alias, f"import of `{'.'.join(path)}`", why)
         return why is None

@@ -135,6 +135,7 @@ def test_imports(before, after):
         ("def f(nsl): nsl.lib.utils.x()", "def f(nsl): nsl.lib.utils.x()"),
         ("[nsl.lib.utils.x for nsl in y]", "[nsl.lib.utils.x for nsl in y]"),
         ("self.nsl.lib.utils.x", "self.nsl.lib.utils.x"),
+        ("def f(x: 'nsl.lib.utils'): ...", "def f(x: 'nsl.lib.utils'): ..."),
         # Under another name.
         ("lib = nsl.lib; lib.utils.normalize", "lib = nsl.lib; lib.normalize"),
         ("u = nsl.lib.utils; v = u; v.normalize", "u = nsl.lib; v = u; v.normalize"),
@@ -262,7 +263,7 @@ def test_strings_are_listed_and_docstrings_are_not():
     code = (
         f'"""Of {NSL}."""\n# {NSL}\n'
         f"class A: '{NSL}'\n"
-        f"def f():\n  r'''{NSL}'''\n  return '''\n\n{NSL} '''\n"
+        f"def f():\n  r'''{NSL}''' '{NSL}'\n  return '''\n\n{NSL} '''\n"
         f"x = 'pip install Neural-Structured-Learning', f'{{x}} {NSL}'\n"
         f"if x:\n  '{NSL}'\n"
     )

@@ -158,6 +158,10 @@ def test_what_is_within_a_statement_is_no_magic(code):
     assert python_of(code) == (code, [])
 
 
+def test_a_magic_behind_what_is_no_python():
+    assert python_of("if a:\n    b\n  c\n!ls\n")[0] == "if a:\n    b\n  c\npass\n"
+
+
 def test_a_magic_goes_on_behind_backslashes():
     text = "!python a.py \\\r\n   --b \\\r\n   --c\r\nx = 1"
     assert python_of(text) == ("pass\n\n\nx = 1\n", [(0, text.index("x"))])
