@@ -264,9 +264,9 @@ def _check(code: str) -> None:
             warnings.simplefilter("ignore")  # Such as those of odd escapes in strings.
             ast.parse(code)
     except SyntaxError as error:
-        raise ValueError(f"line {error.lineno}: {error.msg}") from error
-    except (ValueError, MemoryError, RecursionError) as error:
-        raise ValueError(f"it is no Python ({error})") from error
+        raise ValueError(f"line {error.lineno or 1}: {error.msg}") from error
+    except (MemoryError, RecursionError) as error:
+        raise ValueError("line 1: what follows is nested too deeply") from error
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -301,7 +301,7 @@ def _migrated(
         module = Module("".join(block.code for block in blocks))
         module.migrate()
     except RecursionError as error:
-        raise ValueError("it is nested too deeply to be read") from error
+        raise ValueError("line 1: what follows is nested too deeply") from error
     changes = []
     for (first, left), (last, right), new in module.changes:
         block, line = locate(first)

@@ -365,10 +365,11 @@ def test_the_extra_is_named_where_it_is_missing(monkeypatch):
         (f"import {NSL}\nprint 'x'", "line 2: .*print"),
         (f"import {NSL}\nx = '\0'", "null bytes"),
         (f"import {NSL}\nx = {'(' * 500}{')' * 500}", "line 2: too many nested"),
-        (f"import {NSL}\nx = {'+'.join('1' * 2000)}", "too deeply"),
+        (f"import {NSL}\nx = {'+'.join('1' * 2000)}", "line 1: .*too deeply"),
+        (f"import {NSL}\nx = {'-' * 100_000}1", "line 1: .*too deeply"),
         (f"import {NSL}\n\tx = 1", "line 2: unexpected indent"),
     ],
-    ids=["Python 2", "null", "brackets", "sum", "indent"],
+    ids=["Python 2", "null", "brackets", "sum", "signs", "indent"],
 )
 def test_what_is_no_python_is_an_error(code, message):
     with pytest.raises(ValueError, match=message):
