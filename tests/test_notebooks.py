@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from advreg import notebooks
-from advreg.notebooks import cells_of, lines_of, python_of, replace
+from advreg.migrate import notebooks
+from advreg.migrate.notebooks import cells_of, lines_of, python_of, replace
 
 
 def notebook(*cells, **more):

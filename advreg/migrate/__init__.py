@@ -23,9 +23,9 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from advreg import notebooks
-from advreg.notebooks import Cell, lines_of, splice
-from advreg.renaming import MENTION, Module
+from advreg.migrate import notebooks
+from advreg.migrate.notebooks import Cell, lines_of, splice
+from advreg.migrate.renaming import MENTION, Module
 
 SUFFIXES = (".py", ".ipynb")
 _REQUIREMENT = re.compile(
