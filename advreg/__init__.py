@@ -11,6 +11,7 @@ from advreg.config import (
 )
 from advreg.evaluation import evaluate_robustness
 from advreg.model import AdversarialRegularization
+from advreg.objectives import Objective
 from advreg.perturbation import adversarial_loss, gen_adv_neighbor
 from advreg.report import RobustnessReport
 
@@ -19,6 +20,7 @@ __all__ = [
     "AdvRegConfig",
     "AdversarialRegularization",
     "NormType",
+    "Objective",
     "RobustnessReport",
     "__version__",
     "adversarial_loss",

@@ -34,6 +34,7 @@ class Settings(NamedTuple):
     pgd_iterations: int
     pgd_epsilon: Tensor | float | None
     random_init: bool
+    init_radius: Tensor | float | None
 
     @classmethod
     def of(
@@ -46,7 +47,7 @@ class Settings(NamedTuple):
             iteration: Number of optimizer steps taken, which schedules need.
         """
         values = {name: getattr(config, name) for name in cls._fields}
-        for name in ("adv_step_size", "pgd_epsilon"):
+        for name in ("adv_step_size", "pgd_epsilon", "init_radius"):
             if isinstance(values[name], Schedule):
                 if iteration is None:
                     raise ValueError(

@@ -26,9 +26,12 @@ from advreg.checks import (
     count,
     flag,
     is_number,
+    length,
     magnitude,
     show,
 )
+from advreg.objectives import Objective, check_objective
+from advreg.presets import Presets
 
 
 class NormType(str, enum.Enum):
@@ -112,14 +115,16 @@ class _Config:
                 forbids.
         """
         names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-        missing = [name for name in names if name not in config]
+        # What is keyword-only came later: older files do not have it.
+        old = [f.name for f in dataclasses.fields(cls) if not f.kw_only]  # type: ignore[arg-type]
+        missing = [name for name in old if name not in config]
         unknown = [name for name in config if name not in names]
         if missing or unknown:
             raise ValueError(
                 f"A serialised `{cls.__name__}` must have the fields {names}. "
                 f"Received: missing={missing}, unknown={unknown}"
             )
-        return cls(**{name: deserialize(name, config[name]) for name in names})
+        return cls(**{name: deserialize(name, value) for name, value in config.items()})
 
 
 @keras.saving.register_keras_serializable(package="advreg")
@@ -158,6 +163,8 @@ class AdvNeighborConfig(_Config):
             where several steps may go as far as their lengths add up to.
         random_init: Whether to start from a uniformly random point of the ball of
             `pgd_epsilon`, or of `adv_step_size` where that is not set.
+        init_radius: Radius of the random start where it is another one: a non-negative
+            number, a `LearningRateSchedule`, or `None`.
 
     Raises:
         TypeError: A field has the wrong type.
@@ -177,6 +184,7 @@ class AdvNeighborConfig(_Config):
     pgd_iterations: int = 1
     pgd_epsilon: Number | None = None
     random_init: bool = False
+    init_radius: Number | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         random_init = flag("random_init", self.random_init)
@@ -192,6 +200,14 @@ class AdvNeighborConfig(_Config):
         }
         if self.pgd_epsilon is not None:
             checked["pgd_epsilon"] = magnitude("pgd_epsilon", self.pgd_epsilon)
+        if self.init_radius is not None:
+            checked["init_radius"] = magnitude("init_radius", self.init_radius)
+            if not random_init:
+                raise ValueError(
+                    "`init_radius` is the radius of a random start: set "
+                    f"`random_init=True`. Received: init_radius={self.init_radius!r} "
+                    "and random_init=False"
+                )
         for name, value in checked.items():
             object.__setattr__(self, name, value)
         check_mask(self.feature_mask)
@@ -200,7 +216,7 @@ class AdvNeighborConfig(_Config):
 
 @keras.saving.register_keras_serializable(package="advreg")
 @dataclasses.dataclass(frozen=True, eq=False)
-class AdvRegConfig(_Config):
+class AdvRegConfig(Presets, _Config):
     """How much the adversarial loss counts, and how its input is found.
 
     Args:
@@ -210,10 +226,23 @@ class AdvRegConfig(_Config):
             adversarial training off and costs nothing; a schedule that happens to be
             at 0 still pays for the adversarial pass.
         adv_neighbor_config: An `AdvNeighborConfig`.
+        objective: What the adversarial term measures: `"labeled_loss"`, `"trades"`,
+            `"mart"`, `"virtual_adversarial"`, `"logit_pairing"`, or an
+            `advreg.Objective`.
+        clean_weight: Weight of the labelled loss on clean inputs, a non-negative
+            number. With 0 and the labelled loss as objective there is no clean pass:
+            metrics are computed on perturbed inputs, and their names begin with
+            `adversarial_`.
+        weight_perturbation: How far the weights move against the adversarial term
+            before its gradient is taken, relative to the norm of each kernel: a
+            non-negative number or a `LearningRateSchedule`, the γ of adversarial
+            weight perturbation ([Wu et al., 2020](https://arxiv.org/abs/2004.05884),
+            who take 0.005 to 0.01). The number 0 costs nothing.
 
     Raises:
         TypeError: A field has the wrong type.
-        ValueError: `multiplier` is negative or not finite.
+        ValueError: A number is negative or not finite, nothing is left to train on,
+            or the objective needs a random start.
 
     Example:
     >>> AdvRegConfig(
@@ -225,14 +254,44 @@ class AdvRegConfig(_Config):
     adv_neighbor_config: AdvNeighborConfig = dataclasses.field(
         default_factory=AdvNeighborConfig
     )
+    objective: Objective | str = dataclasses.field(default="labeled_loss", kw_only=True)
+    clean_weight: float = dataclasses.field(default=1.0, kw_only=True)
+    weight_perturbation: Number = dataclasses.field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "multiplier", magnitude("multiplier", self.multiplier))
+        checked = {
+            "multiplier": magnitude("multiplier", self.multiplier),
+            "objective": check_objective(self.objective),
+            "clean_weight": length("clean_weight", self.clean_weight),
+            "weight_perturbation": magnitude(
+                "weight_perturbation", self.weight_perturbation
+            ),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
         if not isinstance(self.adv_neighbor_config, AdvNeighborConfig):
             raise TypeError(
                 "`adv_neighbor_config` must be an `AdvNeighborConfig`. Received: "
                 f"{show(self.adv_neighbor_config)}"
             )
+        if checked["multiplier"] == checked["clean_weight"] == 0:
+            raise ValueError(
+                "`multiplier` and `clean_weight` must not both be 0: nothing would be "
+                "left to train on. Received: 0 and 0"
+            )
+        objective = checked["objective"]
+        if objective.needs_random_init and not self.adv_neighbor_config.random_init:
+            raise ValueError(
+                f"`random_init` must be set for {type(objective).__name__}: at the "
+                "input itself its gradient is zero. Received: "
+                f"{self.adv_neighbor_config!r}"
+            )
+
+    @classmethod
+    def _preset(cls, defaults: dict[str, Any], fields: dict[str, Any]) -> AdvRegConfig:
+        """Makes a configuration of the fields of both, those of the user winning."""
+        common = {"multiplier": 1.0, "adv_grad_norm": NormType.INFINITY}
+        return make_adv_reg_config(**{**common, **defaults, **fields})
 
 
 def check_adv_config(value: Any) -> AdvRegConfig:
@@ -284,17 +343,25 @@ def deserialize(name: str, value: Any) -> Any:
     ) or getattr(keras.optimizers.schedules, str(class_name), None)
     if not (
         isinstance(cls, type)
-        and issubclass(cls, (_Config, Schedule))
+        and issubclass(cls, (_Config, Objective, Schedule))
         and isinstance(config, dict)
     ):
         raise TypeError(
-            f"`{name}` must be a number, an array, a configuration or a schedule. A "
-            "schedule of one's own has to be registered with "
+            f"`{name}` must be a number, an array, a configuration, an objective or a "
+            "schedule. A schedule or objective of one's own has to be registered with "
             "`keras.saving.register_keras_serializable` or to be in `custom_objects`. "
             f"Received: {value!r}"
         )
     if issubclass(cls, _Config):
         return cls.from_config(config)
+    if issubclass(cls, Objective):
+        try:
+            return cls.from_config(config)
+        except TypeError as error:
+            raise ValueError(
+                f"`{name}` must describe a {cls.__name__}: {error}. Received: "
+                f"{config!r}"
+            ) from error
     try:
         schedule = cls.from_config(config)
         float(schedule(0))
@@ -333,6 +400,11 @@ def make_adv_reg_config(
     pgd_iterations: int = AdvNeighborConfig.pgd_iterations,
     pgd_epsilon: Number | None = AdvNeighborConfig.pgd_epsilon,
     random_init: bool = AdvNeighborConfig.random_init,
+    *,
+    init_radius: Number | None = AdvNeighborConfig.init_radius,
+    objective: Objective | str = AdvRegConfig.objective,
+    clean_weight: float = AdvRegConfig.clean_weight,
+    weight_perturbation: Number = AdvRegConfig.weight_perturbation,
 ) -> AdvRegConfig:
     """Makes an `AdvRegConfig` from the fields of both configurations.
 
@@ -346,6 +418,11 @@ def make_adv_reg_config(
         pgd_iterations: Number of steps.
         pgd_epsilon: Radius of the ball.
         random_init: Whether to start at random in the ball.
+        init_radius: Radius of the random start where it is another one.
+        objective: What the adversarial term measures. See `AdvRegConfig`, as for all
+            that follow.
+        clean_weight: Weight of the labelled loss on clean inputs.
+        weight_perturbation: How far the weights move before the gradient is taken.
 
     Returns:
         An `AdvRegConfig`.
@@ -369,5 +446,9 @@ def make_adv_reg_config(
             pgd_iterations=pgd_iterations,
             pgd_epsilon=pgd_epsilon,
             random_init=random_init,
+            init_radius=init_radius,
         ),
+        objective=objective,
+        clean_weight=clean_weight,
+        weight_perturbation=weight_perturbation,
     )

@@ -29,12 +29,11 @@ from advreg.geometry import Tensor
 from advreg.images import as_floats, float_twin
 from advreg.movable import movable
 from advreg.packing import Features, Gradients, describe
+from advreg.passes import Step
 from advreg.perturbation import (
-    align,
     differentiable,
     input_gradients,
     perturb,
-    select,
     to_tensor,
 )
 from advreg.saving import (
@@ -43,7 +42,8 @@ from advreg.saving import (
     deserialize_dtype,
     save_whole,
 )
-from advreg.state import assign, metric_variables, recurrent_states, values_of
+from advreg.scores import takes_logits
+from advreg.state import assign
 
 _RANDOM_STATE = "random_state_"
 # What the wrapper does itself, whatever the base model would do.
@@ -236,51 +236,27 @@ class AdversarialRegularization(keras.Model):
         """Takes one step: clean pass, attack, adversarial pass, one update."""
         x, y, sample_weight = self._unpack_labelled(data)
         x = tree.map_structure(to_tensor, x)
-        regularize = self._multiplier_is_not_zero()
-        if regularize:
+        if isinstance(multiplier := self.adv_config.multiplier, Schedule) or multiplier:
             x = as_floats(x)
-        wanted = [
-            regularize and can for can in differentiable(x, self._form.fixed_keys)
-        ]
-
-        carried = recurrent_states(self.base_model)
-        before = values_of(carried)
-        y_pred, labeled_loss, loss, gradients, input_grads = self._clean_pass(
-            x, y, sample_weight, wanted
-        )
-        adversarial_loss = ops.zeros_like(labeled_loss)
-        if regularize:
-            clean = [*carried, *metric_variables(self.base_model)]
-            after = values_of(clean)
-            assign(carried, before)
-            x_adv = perturb(
-                x,
-                input_grads,
-                self._gradient_function(y, sample_weight, wanted, training=True),
-                Settings.of(
-                    self.adv_config.adv_neighbor_config, self.optimizer.iterations
-                ),
-                self._training_seed,
-                movable(x, sample_weight, self.base_model),
-            )
-            adversarial_loss, more = self._adversarial_pass(x_adv, y, sample_weight)
-            assign(clean, after)
-            gradients = [_add(*pair) for pair in zip(gradients, more, strict=True)]
-            loss = loss + adversarial_loss
-
-        if gradients:
+        outcome = Step(self, x, y, sample_weight).take()
+        if outcome.gradients:
             self.optimizer.apply_gradients(
-                zip(gradients, self.trainable_weights, strict=True)
+                zip(outcome.gradients, self.trainable_weights, strict=True)
             )
         else:
             warnings.warn(
                 "The model does not have any trainable weights.", stacklevel=2
             )
-        self._track(self._loss_tracker, loss, x)
-        self._track(self._labeled_loss_tracker, labeled_loss, x)
-        self._track(self._adversarial_loss_tracker, adversarial_loss, x)
-        logs = self.compute_metrics(x, y, y_pred, sample_weight)
-        return {**logs, **{t.name: t.result() for t in self._training_trackers}}
+        trackers = [self._adversarial_loss_tracker]
+        self._track(self._loss_tracker, outcome.loss, x)
+        self._track(self._adversarial_loss_tracker, outcome.adversarial_loss, x)
+        if outcome.labeled_loss is not None:
+            trackers.insert(0, self._labeled_loss_tracker)
+            self._track(self._labeled_loss_tracker, outcome.labeled_loss, x)
+        logs = self.compute_metrics(x, y, outcome.predictions, sample_weight)
+        if outcome.labeled_loss is None:
+            logs = _of_perturbed(logs)
+        return {**logs, **{t.name: t.result() for t in trackers}}
 
     def test_step(self, data: Any) -> dict[str, Tensor]:
         """Evaluates a batch as the base model does: clean, one forward pass."""
@@ -555,47 +531,6 @@ class AdversarialRegularization(keras.Model):
         """What `evaluate` does not report, because the base model would not."""
         return self._training_trackers
 
-    def _clean_pass(
-        self, x: Features, y: Any, sample_weight: Any, wanted: Sequence[bool]
-    ) -> tuple[Any, Tensor, Tensor, list[Tensor], Gradients]:
-        """Returns predictions, labelled and total loss, and their two gradients.
-
-        One backward pass gives the gradient of the total loss with respect to the
-        weights, and that of the labelled loss with respect to the input.
-        """
-        watched = select(x, wanted)
-        # Persistent, because the losses that a model adds show only once it has run.
-        with tf.GradientTape(persistent=True) as tape:
-            tape.watch(watched)
-            y_pred = self._forward(x, training=True, floats=any(wanted))
-            labeled_loss = self._compile_loss(y, y_pred, sample_weight)
-            losses = self.losses
-            loss = self._total_loss(labeled_loss, losses)
-            scaled_loss = self._scale(loss)
-            scaled_labeled_loss = self._scale(labeled_loss)
-        weights = self.trainable_weights
-        if len(losses) > sum(v.regularizer is not None for v in weights):
-            # What `add_loss` and activity regularisers add may depend on the input,
-            # and the attack is to raise the labelled loss alone.
-            gradients = tape.gradient(scaled_loss, weights)
-            input_grads = tape.gradient(scaled_labeled_loss, watched)
-        else:
-            both = tape.gradient(scaled_loss, [*weights, *watched])
-            gradients, input_grads = both[: len(weights)], both[len(weights) :]
-        return y_pred, labeled_loss, loss, gradients, align(input_grads, wanted)
-
-    def _adversarial_pass(
-        self, x_adv: Features, y: Any, sample_weight: Any
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Returns the scaled adversarial loss and its gradient."""
-        with tf.GradientTape() as tape:
-            y_pred = self._forward(x_adv, training=True, floats=True)
-            with keras.StatelessScope():  # Trackers of single outputs stay clean.
-                loss = self._compile_loss(y, y_pred, sample_weight)
-            loss = loss * ops.convert_to_tensor(self._multiplier(), loss.dtype)
-            scaled_loss = self._scale(loss)
-        return loss, tape.gradient(scaled_loss, self.trainable_weights)
-
     def _forward(
         self, features: Features, training: bool | None, floats: bool = False
     ) -> Any:
@@ -668,36 +603,25 @@ class AdversarialRegularization(keras.Model):
     def _scale(self, loss: Tensor) -> Tensor:
         return loss if self.optimizer is None else self.optimizer.scale_loss(loss)
 
-    def _multiplier_is_not_zero(self) -> bool:
-        multiplier = self.adv_config.multiplier
-        return isinstance(multiplier, Schedule) or multiplier != 0.0
-
-    def _multiplier(self) -> Tensor | float:
-        multiplier = self.adv_config.multiplier
-        if isinstance(multiplier, Schedule):
-            return multiplier(self.optimizer.iterations)
-        return multiplier
-
     def _track(self, tracker: keras.metrics.Mean, loss: Tensor, x: Features) -> None:
         batch = next(leaf for leaf in tree.flatten(x) if leaf is not None)
         tracker.update_state(unscale_loss(loss), sample_weight=tf.shape(batch)[0])
 
-    def _gradient_function(
-        self, y: Any, sample_weight: Any, wanted: Sequence[bool], training: bool
-    ) -> Callable[[Features], Gradients]:
-        """Makes the function from features to gradients of the labelled loss.
-
-        Whatever its passes would update - statistics, trackers, random state - keeps
-        its value.
-        """
-
-        def loss_at(features: Features) -> Tensor:
-            with keras.StatelessScope():
-                y_pred = self._forward(features, training, floats=True)
-                loss = self._compile_loss(y, y_pred, sample_weight)
-            return self._scale(loss)
-
-        return lambda features: input_gradients(loss_at, features, wanted)
+    def _takes_logits(self, outputs: int) -> list[bool]:
+        """Whether each output holds logits, for objectives that compare scores."""
+        losses = tree.flatten(self.loss)
+        if len(losses) == 1:
+            losses = losses * outputs
+        elif isinstance(self.loss, Mapping):
+            losses = [self.loss[name] for name in self.output_names]
+        found = [takes_logits(loss) for loss in losses]
+        if len(found) != outputs or None in found:
+            raise ValueError(
+                f"The objective {type(self.adv_config.objective).__name__} compares "
+                "scores of classes: every output needs a cross-entropy of Keras as "
+                f"loss, which says whether they are logits. Received: {self.loss!r}"
+            )
+        return [bool(form) for form in found]
 
     def _override(self, overrides: dict[str, Any]) -> AdvNeighborConfig:
         fields = _neighbor_fields()
@@ -717,7 +641,16 @@ class AdversarialRegularization(keras.Model):
         ) -> Features:
             floats = as_floats(features)
             wanted = differentiable(floats, self._form.fixed_keys)
-            gradient_at = self._gradient_function(labels, weights, wanted, False)
+
+            def loss_at(features: Features) -> Tensor:
+                with keras.StatelessScope():
+                    y_pred = self._forward(features, training=False, floats=True)
+                    loss = self._compile_loss(labels, y_pred, weights)
+                return self._scale(loss)
+
+            def gradient_at(features: Features) -> Gradients:
+                return input_gradients(loss_at, features, wanted)
+
             gradients = gradient_at(floats)
             perturbed = perturb(
                 floats,
@@ -819,17 +752,12 @@ def _check_base(base_model: Any) -> None:
             )
 
 
-def _add(a: Any, b: Any) -> Any:
-    """Adds two gradients, either of which may be missing or sparse."""
-    if a is None or b is None:
-        return b if a is None else a
-    if isinstance(a, tf.IndexedSlices) and isinstance(b, tf.IndexedSlices):
-        return tf.IndexedSlices(
-            tf.concat([a.values, b.values], 0),
-            tf.concat([a.indices, b.indices], 0),
-            a.dense_shape,
-        )
-    return tf.convert_to_tensor(a) + tf.convert_to_tensor(b)
+def _of_perturbed(logs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Says in the names of metrics that they were computed on perturbed inputs."""
+    return {
+        name if name == "loss" else f"adversarial_{name}": value
+        for name, value in logs.items()
+    }
 
 
 def _neighbor_fields() -> list[str]:
@@ -862,6 +790,7 @@ def _as_tensors(settings: Settings) -> Settings:
             "clip_value_min",
             "clip_value_max",
             "pgd_epsilon",
+            "init_radius",
         )
     }
     return settings._replace(**numbers)

@@ -77,10 +77,8 @@ def perturb(
         return ascend(displacement, gradient_at(ball.perturbed(displacement)))
 
     if settings.random_init:
-        radius = settings.pgd_epsilon
-        displacement = ball.random(
-            seed, settings.adv_step_size if radius is None else radius
-        )
+        radii = (settings.init_radius, settings.pgd_epsilon, settings.adv_step_size)
+        displacement = ball.random(seed, next(r for r in radii if r is not None))
         remaining = settings.pgd_iterations
     else:
         displacement = ascend(ball.zero(), gradients)

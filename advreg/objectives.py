@@ -1,0 +1,302 @@
+"""What the adversarial term measures: the labelled loss, a divergence, or one's own."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+from advreg.checks import length, show
+
+Tensor = Any  # a tensor of the Keras backend
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """One output of the model, for clean and for perturbed features.
+
+    Args:
+        labels: Labels of this output, as `fit` received them.
+        clean_logits: Logits for clean features, float32 at least, with the classes as
+            last axis. To an attack they are constants.
+        adversarial_logits: The same for perturbed features.
+        sample_weight: Weights of the examples, or `None`.
+        predictions: What the model returned for perturbed features.
+    """
+
+    labels: Tensor
+    clean_logits: Tensor
+    adversarial_logits: Tensor
+    sample_weight: Tensor | None
+    predictions: Tensor
+
+    def mean(self, values: Tensor, weighted: bool = True) -> Tensor:
+        """Averages as Keras's losses do: with sample weights, without masked steps.
+
+        Args:
+            values: Tensor of the shape of the logits without their last axis.
+            weighted: Whether sample weights count.
+        """
+        weights = self.sample_weight if weighted else None
+        given = _Given(name="given", dtype=values.dtype)
+        return given(values, self.predictions, weights)
+
+    def classes(self) -> Tensor:
+        """The true classes as one-hot rows, in the shape and dtype of the logits."""
+        shape, dtype = self.adversarial_logits.shape, self.adversarial_logits.dtype
+        labels = self.labels
+        if len(labels.shape) == len(shape) and labels.shape[-1] == shape[-1]:
+            return ops.cast(labels, dtype)
+        if len(labels.shape) == len(shape):
+            labels = ops.squeeze(labels, -1)
+        return ops.one_hot(ops.cast(labels, "int32"), shape[-1], dtype=dtype)
+
+
+class Batch:
+    """What an objective may look at.
+
+    Args:
+        outputs: Makes the list of outputs, for objectives that need logits.
+        labeled_loss: Computes the compiled loss of the predictions for perturbed
+            features, with the sample weights.
+    """
+
+    def __init__(
+        self,
+        outputs: Callable[[], Sequence[Output]],
+        labeled_loss: Callable[[], Tensor],
+    ) -> None:
+        self._outputs, self._labeled_loss = outputs, labeled_loss
+
+    @property
+    def labeled_loss(self) -> Tensor:
+        """The compiled loss at the perturbed features, a scalar."""
+        return self._labeled_loss()
+
+    @property
+    def outputs(self) -> Sequence[Output]:
+        """The outputs of the model, in the order of `keras.tree.flatten`."""
+        return self._outputs()
+
+
+class Objective:
+    """What the adversarial term of the loss is, and what its attack makes grow.
+
+    Write one of your own as a subclass that is registered with
+    `keras.saving.register_keras_serializable` and has a `loss`; a frozen dataclass
+    needs nothing more, others need a `get_config`.
+
+    Example:
+    >>> @keras.saving.register_keras_serializable("mine")
+    ... @dataclasses.dataclass(frozen=True)
+    ... class SquaredProbabilities(advreg.Objective):
+    ...     def loss(self, batch):
+    ...         total = 0.0
+    ...         for output in batch.outputs:
+    ...             clean = keras.ops.softmax(output.clean_logits)
+    ...             moved = keras.ops.softmax(output.adversarial_logits)
+    ...             total += output.mean(keras.ops.sum((clean - moved) ** 2, -1))
+    ...         return total
+    """
+
+    # Whether the loss looks at the predictions for clean features.
+    uses_clean = True
+    # Whether the attack's gradient vanishes at the clean features themselves.
+    needs_random_init = False
+    # Whether examples of weight 0 count, as those without a label.
+    uses_unlabeled = False
+
+    def attack(self, batch: Batch) -> Tensor:
+        """Returns the scalar that the perturbation makes grow: the labelled loss."""
+        return batch.labeled_loss
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Returns the scalar that training is to make small."""
+        raise NotImplementedError(f"{type(self).__name__} must define `loss`.")
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the fields of a dataclass."""
+        if not dataclasses.is_dataclass(self):
+            return {}
+        return {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(self)
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Any:
+        """Makes the objective that `get_config` described."""
+        return cls(**config)
+
+
+@keras.saving.register_keras_serializable(package="advreg")
+@dataclasses.dataclass(frozen=True)
+class LabeledLoss(Objective):
+    """The compiled loss at the perturbed features.
+
+    [Goodfellow et al., 2014](https://arxiv.org/abs/1412.6572); with
+    `clean_weight=0.0`, [Madry et al., 2017](https://arxiv.org/abs/1706.06083).
+    """
+
+    uses_clean = False
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Returns the labelled loss."""
+        return batch.labeled_loss
+
+
+@keras.saving.register_keras_serializable(package="advreg")
+@dataclasses.dataclass(frozen=True)
+class Trades(Objective):
+    """How far perturbed predictions are from the clean ones, in both directions.
+
+    The Kullback-Leibler divergence of
+    [Zhang et al., 2019](https://arxiv.org/abs/1901.08573), `KL(clean ‖ perturbed)`,
+    which the attack makes grow and training makes small through both predictions. Its
+    weight, the β or 1/λ of the paper, is the `multiplier`.
+    """
+
+    needs_random_init = True
+
+    def attack(self, batch: Batch) -> Tensor:
+        """Returns the divergence."""
+        return self.loss(batch)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Returns the divergence."""
+        return _divergence(batch)
+
+
+@keras.saving.register_keras_serializable(package="advreg")
+@dataclasses.dataclass(frozen=True)
+class Mart(Objective):
+    """The cross-entropy boosted by the margin, and a divergence where labels are hard.
+
+    [Wang et al., 2020](https://openreview.net/forum?id=rklOg6EFwS): examples that the
+    clean model misclassifies count more. It holds the labelled term, so
+    `clean_weight` is to be 0.
+
+    Args:
+        beta: Weight of the divergence, the λ of the paper, not negative.
+    """
+
+    beta: float = 5.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "beta", length("beta", self.beta))
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Returns the loss of the paper."""
+        total = 0.0
+        for output in batch.outputs:
+            classes = output.classes()
+            clean = ops.log_softmax(output.clean_logits)
+            moved = ops.log_softmax(output.adversarial_logits)
+            own = ops.sum(classes * moved, -1)
+            # log(1 - p) of the best other class: the smallest over the others.
+            rest = ops.log1p(-ops.minimum(ops.exp(moved), 1 - 1e-7))
+            boosted = -own - ops.min(ops.where(classes > 0.5, 0.0, rest), -1)
+            sure = ops.sum(classes * ops.exp(clean), -1)
+            divergence = ops.sum(ops.exp(clean) * (clean - moved), -1)
+            total += output.mean(boosted + self.beta * divergence * (1 - sure))
+        return total
+
+
+@keras.saving.register_keras_serializable(package="advreg")
+@dataclasses.dataclass(frozen=True)
+class VirtualAdversarial(Objective):
+    """How far perturbed predictions are from the clean ones, which stay as they are.
+
+    The local distributional smoothness of
+    [Miyato et al., 2018](https://arxiv.org/abs/1704.03976). It needs no labels:
+    examples without one, which have any label and the sample weight 0, count as well.
+    """
+
+    needs_random_init = True
+    uses_unlabeled = True
+
+    def attack(self, batch: Batch) -> Tensor:
+        """Returns the divergence."""
+        return self.loss(batch)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Returns the divergence, of all examples."""
+        return _divergence(batch, constant=True, weighted=False)
+
+
+@keras.saving.register_keras_serializable(package="advreg")
+@dataclasses.dataclass(frozen=True)
+class LogitPairing(Objective):
+    """The labelled loss at perturbed features, and the distance of the logits.
+
+    [Kannan et al., 2018](https://arxiv.org/abs/1803.06373).
+
+    Args:
+        weight: Weight of the mean squared difference of the logits, not negative.
+    """
+
+    weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weight", length("weight", self.weight))
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Returns the sum of both terms."""
+        total = batch.labeled_loss
+        for output in batch.outputs:
+            difference = output.clean_logits - output.adversarial_logits
+            total += self.weight * output.mean(ops.mean(ops.square(difference), -1))
+        return total
+
+
+OBJECTIVES = {
+    "labeled_loss": LabeledLoss,
+    "trades": Trades,
+    "mart": Mart,
+    "virtual_adversarial": VirtualAdversarial,
+    "logit_pairing": LogitPairing,
+}
+
+
+def check_objective(value: Any) -> Objective:
+    """Checks the argument `objective`: an object, or the name of one.
+
+    Raises:
+        TypeError: It is neither.
+        ValueError: No objective has such a name.
+    """
+    if isinstance(value, str):
+        if value not in OBJECTIVES:
+            raise ValueError(
+                f"`objective` must be one of {sorted(OBJECTIVES)}, or an "
+                f"`advreg.Objective`. Received: {value!r}"
+            )
+        return OBJECTIVES[value]()
+    if not isinstance(value, Objective):
+        raise TypeError(
+            f"`objective` must be a name out of {sorted(OBJECTIVES)}, or an "
+            f"`advreg.Objective`. Received: {show(value)}"
+        )
+    return value
+
+
+def _divergence(batch: Batch, constant: bool = False, weighted: bool = True) -> Tensor:
+    """The Kullback-Leibler divergence of the perturbed predictions from the clean."""
+    total = 0.0
+    for output in batch.outputs:
+        clean = output.clean_logits
+        clean = ops.log_softmax(ops.stop_gradient(clean) if constant else clean)
+        moved = ops.log_softmax(output.adversarial_logits)
+        divergence = ops.sum(ops.exp(clean) * (clean - moved), -1)
+        total += output.mean(divergence, weighted)
+    return total
+
+
+class _Given(keras.losses.Loss):
+    """Reduces values that are known already in the way of Keras's losses."""
+
+    def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
+        del y_pred
+        return y_true

@@ -1,0 +1,343 @@
+"""The passes that make up one step of training."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import keras
+import tensorflow as tf
+from keras import ops, tree
+
+from advreg.ball import Settings
+from advreg.checks import Schedule
+from advreg.geometry import Tensor, l2_norm
+from advreg.movable import movable
+from advreg.objectives import Batch, Output
+from advreg.packing import Features, Gradients
+from advreg.perturbation import (
+    align,
+    differentiable,
+    input_gradients,
+    perturb,
+    select,
+)
+from advreg.scores import logits_of
+from advreg.state import assign, metric_variables, recurrent_states, values_of
+
+if TYPE_CHECKING:
+    from advreg.model import AdversarialRegularization
+
+
+class Outcome(NamedTuple):
+    """What a step found.
+
+    Args:
+        predictions: What the metrics are to be computed on.
+        gradients: Of the scaled total loss, one for each trainable weight.
+        loss: The total loss.
+        labeled_loss: The labelled loss on clean features, `None` without a clean pass.
+        adversarial_loss: The adversarial term, with its weight.
+    """
+
+    predictions: Any
+    gradients: list[Tensor]
+    loss: Tensor
+    labeled_loss: Tensor | None
+    adversarial_loss: Tensor
+
+
+class Step:
+    """One step of training on one batch, up to the gradients.
+
+    Args:
+        model: The wrapped model, compiled.
+        x: Features, as tensors.
+        y: Labels.
+        sample_weight: Weights of the examples, or `None`.
+    """
+
+    def __init__(
+        self, model: AdversarialRegularization, x: Features, y: Any, sample_weight: Any
+    ) -> None:
+        self._model, self._config = model, model.adv_config
+        self._objective: Any = self._config.objective
+        self._x, self._y, self._sample_weight = x, y, sample_weight
+        self._can_move = differentiable(x, model.batch_form.fixed_keys)
+
+    def take(self) -> Outcome:
+        """Runs the passes that the configuration asks for, and no others."""
+        if _is_zero(self._config.multiplier):
+            return self._clean_alone()
+        if self._objective.uses_clean:
+            return self._together()
+        if _is_zero(self._config.clean_weight):
+            return self._adversarial_alone()
+        return self._one_after_the_other()
+
+    def _clean_alone(self) -> Outcome:
+        y_pred, labeled_loss, loss, gradients, _ = self._clean_pass([])
+        return Outcome(
+            y_pred, gradients, loss, labeled_loss, ops.zeros_like(labeled_loss)
+        )
+
+    def _one_after_the_other(self) -> Outcome:
+        """A clean pass, whose input gradient the attack begins with, and another."""
+        carried = recurrent_states(self._model.base_model)
+        before = values_of(carried)
+        y_pred, labeled_loss, loss, gradients, input_grads = self._clean_pass(
+            self._can_move
+        )
+        with self._states_of_the_clean_pass(carried, before):
+            x_adv = self._perturb(input_grads, None)
+            adversarial_loss, _, more = self._adversarial_pass(x_adv)
+        gradients = [_add(*pair) for pair in zip(gradients, more, strict=True)]
+        loss = loss + adversarial_loss
+        return Outcome(y_pred, gradients, loss, labeled_loss, adversarial_loss)
+
+    def _adversarial_alone(self) -> Outcome:
+        """No clean pass at all."""
+        x_adv = self._perturb(None, None)
+        adversarial_loss, y_pred, gradients = self._adversarial_pass(x_adv, alone=True)
+        loss = self._model._total_loss(adversarial_loss, self._model.losses)
+        return Outcome(y_pred, gradients, loss, None, adversarial_loss)
+
+    def _together(self) -> Outcome:
+        """Both passes on one tape, for a loss that compares their predictions."""
+        model, moves_weights = (
+            self._model,
+            not _is_zero(self._config.weight_perturbation),
+        )
+        carried = recurrent_states(model.base_model)
+        before = values_of(carried)
+        x_adv = y_first = None
+        if moves_weights:
+            with keras.StatelessScope():
+                y_first = self._forward(self._x)
+            x_adv = self._perturb(None, y_first)
+
+        def both() -> Tensor:
+            return self._scaled(
+                self._compare(self._forward(self._x), self._forward(x_adv))
+            )
+
+        with (
+            self._moved_weights(both) if moves_weights else contextlib.nullcontext(),
+            tf.GradientTape() as tape,
+        ):
+            y_pred = self._forward(self._x)
+            labeled_loss = model._compile_loss(self._y, y_pred, self._sample_weight)
+            loss = self._clean_total(labeled_loss, model.losses)
+            with self._states_of_the_clean_pass(carried, before):
+                if x_adv is None:
+                    with tape.stop_recording():
+                        x_adv = self._perturb(None, y_pred)
+                y_adv = self._forward(x_adv)
+            with keras.StatelessScope():
+                adversarial_loss = self._compare(y_pred, y_adv)
+            loss = loss + adversarial_loss
+            scaled_loss = self._scaled(loss)
+        gradients = tape.gradient(scaled_loss, model.trainable_weights)
+        y_pred = y_pred if y_first is None else y_first
+        return Outcome(y_pred, gradients, loss, labeled_loss, adversarial_loss)
+
+    def _clean_pass(
+        self, wanted: Sequence[bool]
+    ) -> tuple[Any, Tensor, Tensor, list[Tensor], Gradients]:
+        """Returns predictions, labelled and total loss, and their two gradients.
+
+        One backward pass gives the gradient of the total loss with respect to the
+        weights, and that of the labelled loss with respect to the input.
+        """
+        model = self._model
+        watched = select(self._x, wanted)
+        # Persistent, because the losses that a model adds show only once it has run.
+        with tf.GradientTape(persistent=True) as tape:
+            tape.watch(watched)
+            y_pred = self._forward(self._x, floats=any(wanted))
+            labeled_loss = model._compile_loss(self._y, y_pred, self._sample_weight)
+            losses = model.losses
+            loss = self._clean_total(labeled_loss, losses)
+            scaled_loss = self._scaled(loss)
+            scaled_labeled_loss = self._scaled(labeled_loss)
+        weights = model.trainable_weights
+        if len(losses) > sum(v.regularizer is not None for v in weights):
+            # What `add_loss` and activity regularisers add may depend on the input,
+            # and the attack is to raise the labelled loss alone.
+            gradients = tape.gradient(scaled_loss, weights)
+            input_grads = tape.gradient(scaled_labeled_loss, watched)
+        else:
+            both = tape.gradient(scaled_loss, [*weights, *watched])
+            gradients, input_grads = both[: len(weights)], both[len(weights) :]
+        return y_pred, labeled_loss, loss, gradients, align(input_grads, wanted)
+
+    def _adversarial_pass(
+        self, x_adv: Features, alone: bool = False
+    ) -> tuple[Tensor, Any, list[Tensor]]:
+        """Returns the adversarial term, its predictions and its gradient.
+
+        Args:
+            x_adv: Perturbed features.
+            alone: Whether there is no clean pass, which would track the losses of
+                single outputs and count those that the base adds.
+        """
+
+        def scaled_loss() -> tuple[Tensor, Any, Tensor]:
+            y_pred = self._forward(x_adv)
+            tracked = contextlib.nullcontext() if alone else keras.StatelessScope()
+            with tracked:
+                loss = self._compare(None, y_pred)
+            added = self._model.losses if alone else []
+            return self._scaled(self._model._total_loss(loss, added)), y_pred, loss
+
+        with (
+            self._moved_weights(lambda: scaled_loss()[0]),
+            tf.GradientTape() as tape,
+        ):
+            scaled, y_pred, loss = scaled_loss()
+        return loss, y_pred, tape.gradient(scaled, self._model.trainable_weights)
+
+    def _perturb(self, gradients: Gradients | None, clean: Any) -> Features:
+        """Moves the features so that what the objective attacks grows.
+
+        Args:
+            gradients: Those of the labelled loss at the features, where known.
+            clean: Predictions for clean features, which the attack may compare with.
+        """
+        model = self._model
+        constant = tree.map_structure(
+            lambda leaf: None if leaf is None else ops.stop_gradient(leaf), clean
+        )
+
+        def loss_at(features: Features) -> Tensor:
+            with keras.StatelessScope():
+                y_pred = self._forward(features)
+                return self._scaled(
+                    self._objective.attack(self._batch(constant, y_pred))
+                )
+
+        def gradient_at(features: Features) -> Gradients:
+            return input_gradients(loss_at, features, self._can_move)
+
+        weights = None if self._objective.uses_unlabeled else self._sample_weight
+        return perturb(
+            self._x,
+            gradient_at(self._x) if gradients is None else gradients,
+            gradient_at,
+            Settings.of(self._config.adv_neighbor_config, model.optimizer.iterations),
+            model._training_seed,
+            movable(self._x, weights, model.base_model),
+        )
+
+    @contextlib.contextmanager
+    def _moved_weights(self, loss: Callable[[], Tensor]) -> Iterator[None]:
+        """Moves the kernels against a loss, as far as is configured, and back again."""
+        gamma = self._at_this_step(self._config.weight_perturbation)
+        if _is_zero(gamma):
+            yield
+            return
+        kernels = [w for w in self._model.trainable_weights if len(w.shape) > 1]
+        with tf.GradientTape() as tape, keras.StatelessScope():
+            value = loss()
+        moved = []
+        for kernel, gradient in zip(
+            kernels, tape.gradient(value, kernels), strict=True
+        ):
+            before = tf.convert_to_tensor(kernel.value)
+            if gradient is None:
+                moved.append(before)
+                continue
+            gradient = tf.convert_to_tensor(gradient)
+            gradient = ops.where(ops.isfinite(gradient), gradient, 0.0)
+            # A row of all values, so that the norm is safe at any scale.
+            length, slope = (
+                ops.reshape(l2_norm(ops.reshape(v, (1, -1))), ())
+                for v in (before, gradient)
+            )
+            factor = ops.cast(gamma, before.dtype) * ops.divide_no_nan(length, slope)
+            moved.append(before + factor * gradient)
+        before = values_of(kernels)
+        assign(kernels, moved)
+        try:
+            yield
+        finally:
+            assign(kernels, before)
+
+    @contextlib.contextmanager
+    def _states_of_the_clean_pass(
+        self, carried: Sequence[keras.Variable], before: Sequence[Tensor]
+    ) -> Iterator[None]:
+        """Lets passes begin in the states in which the clean one began.
+
+        Afterwards the states, and the metrics of layers, are those of the clean pass.
+        """
+        clean = [*carried, *metric_variables(self._model.base_model)]
+        after = values_of(clean)
+        assign(carried, before)
+        yield
+        assign(clean, after)
+
+    def _batch(self, clean: Any, adversarial: Any) -> Batch:
+        model, weight = self._model, self._sample_weight
+
+        def outputs() -> list[Output]:
+            predictions = tree.flatten(adversarial)
+            forms = model._takes_logits(len(predictions))
+            weights = tree.flatten(weight) if tree.is_nested(weight) else [weight]
+            if len(weights) == 1:
+                weights = weights * len(predictions)
+            return [
+                Output(label, logits_of(before, form), logits_of(after, form), w, after)
+                for label, before, after, form, w in zip(
+                    tree.flatten(self._y),
+                    tree.flatten(clean),
+                    predictions,
+                    forms,
+                    weights,
+                    strict=True,
+                )
+            ]
+
+        return Batch(outputs, lambda: model._compile_loss(self._y, adversarial, weight))
+
+    def _compare(self, clean: Any, adversarial: Any) -> Tensor:
+        """The adversarial term, with its weight."""
+        loss = self._objective.loss(self._batch(clean, adversarial))
+        multiplier = self._at_this_step(self._config.multiplier)
+        return loss * ops.convert_to_tensor(multiplier, loss.dtype)
+
+    def _clean_total(self, labeled_loss: Tensor, losses: Sequence[Tensor]) -> Tensor:
+        weight = self._config.clean_weight
+        if weight != 1.0:
+            labeled_loss = labeled_loss * weight
+        return self._model._total_loss(labeled_loss, losses)
+
+    def _forward(self, features: Features, floats: bool = True) -> Any:
+        return self._model._forward(features, training=True, floats=floats)
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        return self._model._scale(loss)
+
+    def _at_this_step(self, value: Any) -> Any:
+        if isinstance(value, Schedule):
+            return value(self._model.optimizer.iterations)
+        return value
+
+
+def _is_zero(value: Any) -> bool:
+    """Whether a weight is the number 0; a schedule that is at 0 is not."""
+    return isinstance(value, float) and value == 0.0
+
+
+def _add(a: Any, b: Any) -> Any:
+    """Adds two gradients, either of which may be missing or sparse."""
+    if a is None or b is None:
+        return b if a is None else a
+    if isinstance(a, tf.IndexedSlices) and isinstance(b, tf.IndexedSlices):
+        return tf.IndexedSlices(
+            tf.concat([a.values, b.values], 0),
+            tf.concat([a.indices, b.indices], 0),
+            a.dense_shape,
+        )
+    return tf.convert_to_tensor(a) + tf.convert_to_tensor(b)
