@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from advreg.checks import count, length, magnitude
+from advreg.checks import Number, count, length, magnitude
 from advreg.objectives import LogitPairing, Mart
+from advreg.schedules import times
 
 
 class Presets:
     """Class methods of `AdvRegConfig`, each returning an ordinary configuration.
 
-    `epsilon` is the radius of the ball in units of the input. Every field of
+    `epsilon` is the radius of the ball in units of the input, a number or a
+    `LearningRateSchedule`, such as a ramp. Every field of
     `AdvRegConfig` and `AdvNeighborConfig` can be given by keyword and wins, such as
     `clip_value_min=0.0, clip_value_max=1.0`, `adv_grad_norm="l2"` or `multiplier`.
     """
@@ -21,7 +23,7 @@ class Presets:
         raise NotImplementedError
 
     @classmethod
-    def fgsm(cls, epsilon: float, **fields: Any) -> Any:
+    def fgsm(cls, epsilon: Number, **fields: Any) -> Any:
         """The fast gradient sign method, one step of the length of the ball.
 
         [Goodfellow et al., 2014](https://arxiv.org/abs/1412.6572). With a large
@@ -34,11 +36,11 @@ class Presets:
         Example:
         >>> advreg.AdvRegConfig.fgsm(0.1, clip_value_min=0.0, clip_value_max=1.0)
         """
-        epsilon = length("epsilon", epsilon)
+        epsilon = magnitude("epsilon", epsilon)
         return cls._preset({"adv_step_size": epsilon, "pgd_epsilon": epsilon}, fields)
 
     @classmethod
-    def fast(cls, epsilon: float, **fields: Any) -> Any:
+    def fast(cls, epsilon: Number, **fields: Any) -> Any:
         """One step of 1.25 radii from a random start, which resists the collapse.
 
         [Wong et al., 2020](https://arxiv.org/abs/2001.03994).
@@ -47,16 +49,16 @@ class Presets:
             epsilon: Radius of the ball.
             **fields: Fields of both configurations that are to differ.
         """
-        epsilon = length("epsilon", epsilon)
+        epsilon = magnitude("epsilon", epsilon)
         defaults = {
-            "adv_step_size": 1.25 * epsilon,
+            "adv_step_size": times(1.25, epsilon),
             "pgd_epsilon": epsilon,
             "random_init": True,
         }
         return cls._preset(defaults, fields)
 
     @classmethod
-    def n_fgsm(cls, epsilon: float, **fields: Any) -> Any:
+    def n_fgsm(cls, epsilon: Number, **fields: Any) -> Any:
         """One step from noise of twice the radius, without a ball around it all.
 
         [de Jorge et al., 2022](https://arxiv.org/abs/2202.01181). Perturbations leave
@@ -66,16 +68,16 @@ class Presets:
             epsilon: Radius of the ball that the model is to withstand.
             **fields: Fields of both configurations that are to differ.
         """
-        epsilon = length("epsilon", epsilon)
+        epsilon = magnitude("epsilon", epsilon)
         defaults = {
             "adv_step_size": epsilon,
-            "init_radius": 2 * epsilon,
+            "init_radius": times(2.0, epsilon),
             "random_init": True,
         }
         return cls._preset(defaults, fields)
 
     @classmethod
-    def pgd(cls, epsilon: float, iterations: int = 10, **fields: Any) -> Any:
+    def pgd(cls, epsilon: Number, iterations: int = 10, **fields: Any) -> Any:
         """Projected gradient descent from a random start.
 
         [Madry et al., 2017](https://arxiv.org/abs/1706.06083), who train on perturbed
@@ -90,7 +92,7 @@ class Presets:
 
     @classmethod
     def trades(
-        cls, epsilon: float, beta: Any = 6.0, iterations: int = 10, **fields: Any
+        cls, epsilon: Number, beta: Number = 6.0, iterations: int = 10, **fields: Any
     ) -> Any:
         """The clean loss, and a divergence that holds perturbed predictions to it.
 
@@ -113,7 +115,7 @@ class Presets:
 
     @classmethod
     def mart(
-        cls, epsilon: float, beta: float = 5.0, iterations: int = 10, **fields: Any
+        cls, epsilon: Number, beta: float = 5.0, iterations: int = 10, **fields: Any
     ) -> Any:
         """A boosted cross-entropy, and a divergence where the clean model errs.
 
@@ -135,7 +137,7 @@ class Presets:
 
     @classmethod
     def virtual_adversarial(
-        cls, epsilon: float, difference: float = 1e-3, **fields: Any
+        cls, epsilon: Number, difference: float = 1e-3, **fields: Any
     ) -> Any:
         """Virtual adversarial training, in the L2 norm, which needs no labels.
 
@@ -147,7 +149,7 @@ class Presets:
             difference: Length of the finite difference, the ξ of the paper.
             **fields: Fields of both configurations that are to differ.
         """
-        epsilon = length("epsilon", epsilon)
+        epsilon = magnitude("epsilon", epsilon)
         defaults = {
             "adv_step_size": epsilon,
             "pgd_epsilon": epsilon,
@@ -160,7 +162,7 @@ class Presets:
 
     @classmethod
     def logit_pairing(
-        cls, epsilon: float, weight: float = 0.5, iterations: int = 10, **fields: Any
+        cls, epsilon: Number, weight: float = 0.5, iterations: int = 10, **fields: Any
     ) -> Any:
         """The labelled loss at perturbed inputs, and logits that are held together.
 
@@ -179,11 +181,11 @@ class Presets:
         return cls._preset(defaults, fields)
 
 
-def _many_steps(epsilon: float, iterations: int) -> dict[str, Any]:
+def _many_steps(epsilon: Number, iterations: int) -> dict[str, Any]:
     """Steps that add up to 2.5 radii, so that all of the ball can be reached."""
-    epsilon, iterations = length("epsilon", epsilon), count("iterations", iterations)
+    epsilon, iterations = magnitude("epsilon", epsilon), count("iterations", iterations)
     return {
-        "adv_step_size": 2.5 * epsilon / iterations,
+        "adv_step_size": times(2.5 / iterations, epsilon),
         "pgd_epsilon": epsilon,
         "pgd_iterations": iterations,
         "random_init": True,
