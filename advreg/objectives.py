@@ -44,7 +44,10 @@ class Output:
         """
         weights = self.sample_weight if weighted else None
         given = _Given(name="given", dtype=values.dtype)
-        return given(values, self.predictions, weights)
+        # As a compiled loss, to which it may be added, whatever the model's dtype.
+        return ops.cast(
+            given(values, self.predictions, weights), keras.config.floatx()
+        )
 
     def classes(self) -> Tensor:
         """The true classes as one-hot rows, in the shape and dtype of the logits."""

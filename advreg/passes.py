@@ -339,7 +339,8 @@ def _moved(value: Tensor, gradient: Any, gamma: Any) -> Tensor:
     slope = widen(ops.reshape(tf.convert_to_tensor(gradient), (1, -1)))
     slope = ops.where(ops.isfinite(slope), slope, 0.0)
     direction = steepest_direction(slope, NormType.L2)
-    rows = rows + ops.cast(gamma, rows.dtype) * l2_norm(rows) * direction
+    gamma = ops.convert_to_tensor(gamma, rows.dtype)
+    rows = rows + gamma * l2_norm(rows) * direction
     return ops.cast(ops.reshape(rows, ops.shape(value)), value.dtype)
 
 
