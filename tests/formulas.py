@@ -1,14 +1,25 @@
 """The objectives of training once more, in float64, from the formulas of their papers.
 
-Probabilities are written out, and the network is made of matrices: nothing here is
-Keras's or advreg's.
+Probabilities are written out, and the network is made of matrices: nothing of the
+formulas is Keras's or advreg's. Below them is what runs advreg on the same network.
 """
 
 import dataclasses
 
+import keras
 import numpy as np
 import tensorflow as tf
+from keras import layers, losses
+from models import regularized, rows
 from oracle import project, steepest
+
+from advreg import make_adv_reg_config
+
+BATCH, WIDTH, CLASSES = 7, 4, 3
+INPUT = rows(BATCH, WIDTH).astype("float64")
+LABELS = np.random.default_rng(1).integers(0, CLASSES, BATCH)
+WEIGHTS = np.array([0.5, 2.0, 0.0, 1.0, 3.0, 0.0, 0.25])
+START = np.random.default_rng(2).uniform(-1, 1, (BATCH, WIDTH))
 
 
 def network(weights, x):
@@ -28,7 +39,7 @@ def probabilities(logits):
     return odds / tf.reduce_sum(odds, -1, keepdims=True)
 
 
-def cross_entropy(logits, truth):
+def surprise(logits, truth):
     return -tf.math.log(tf.reduce_sum(truth * probabilities(logits), -1))
 
 
@@ -40,11 +51,11 @@ def divergence(clean, moved):
 def boosted(moved, truth):
     q = probabilities(moved)
     best = tf.reduce_max(q * (1 - truth), -1)
-    return cross_entropy(moved, truth) - tf.math.log(1 - best)
+    return surprise(moved, truth) - tf.math.log(1 - best)
 
 
 def labeled_loss(clean, moved, truth):
-    return cross_entropy(moved, truth)
+    return surprise(moved, truth)
 
 
 def trades(clean, moved, truth):
@@ -62,7 +73,7 @@ def virtual_adversarial(clean, moved, truth):
 
 def logit_pairing(clean, moved, truth):
     distance = tf.reduce_mean((clean - moved) ** 2, -1)
-    return cross_entropy(moved, truth) + 0.5 * distance
+    return surprise(moved, truth) + 0.5 * distance
 
 
 TERMS = {
@@ -127,7 +138,7 @@ class Recipe:
                 if self.name in ATTACKS:
                     loss = tf.reduce_sum(ATTACKS[self.name](clean, there))
                 else:
-                    loss = tf.reduce_sum(cross_entropy(there, truth))
+                    loss = tf.reduce_sum(surprise(there, truth))
             gradient = tape.gradient(loss, point).numpy() * moves
             moved = moved - x + self.step * steepest(gradient, self.norm)
             moved = np.clip(x + project(moved, self.radius, self.norm), -1.5, 1.5)
@@ -144,7 +155,7 @@ class Recipe:
 
     def labeled(self, weights, x, truth, sample_weight=None, logits=network):
         """The labelled loss on clean features."""
-        values = cross_entropy(two_classes(logits(weights, x)), truth)
+        values = surprise(two_classes(logits(weights, x)), truth)
         if sample_weight is not None:
             values = values * np.reshape(sample_weight, -1)
         return tf.reduce_mean(values)
@@ -188,3 +199,40 @@ class Recipe:
             else w + 0.0
             for w, g in zip(weights, tape.gradient(term, weights), strict=True)
         ]
+
+
+# --- The same by advreg
+
+
+def base_of(activation=None, units=CLASSES):
+    stack = [
+        layers.Dense(5, "tanh", bias_initializer="normal", dtype="float64"),
+        layers.Dense(
+            units, activation, bias_initializer="normal", dtype="float64", name="last"
+        ),
+    ]
+    return keras.Sequential([keras.Input((WIDTH,), dtype="float64"), *stack])
+
+
+def exact_cross_entropy(**kwargs):
+    kwargs.setdefault("from_logits", True)
+    return losses.SparseCategoricalCrossentropy(dtype="float64", **kwargs)
+
+
+def step(base, recipe, y, loss, sample_weight=None, x=INPUT, **mode):
+    """Gradients and logs of one step, whose learning rate is 1."""
+    before = base.get_weights()
+    config = make_adv_reg_config(**recipe.config())
+    sgd = keras.optimizers.SGD(1.0)
+    model = regularized(base, config, loss, sgd, **mode)
+    logs = model.train_on_batch(x, y, sample_weight, return_dict=True)
+    pairs = zip(before, base.get_weights(), strict=True)
+    return [old - new for old, new in pairs], logs
+
+
+def assert_same(got, expected, rtol=1e-9):
+    (gradients, logs), (wanted, values) = got, expected
+    for a, b in zip(gradients, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol, 1e-3 * rtol)
+    for name, value in values.items():  # They are kept in float32.
+        np.testing.assert_allclose(logs[name], value, 1e-5, err_msg=name)
