@@ -357,7 +357,7 @@ def deserialize(name: str, value: Any) -> Any:
     if issubclass(cls, Objective):
         try:
             return cls.from_config(config)
-        except TypeError as error:
+        except Exception as error:  # Any: it may be one of the user's own.
             raise ValueError(
                 f"`{name}` must describe a {cls.__name__}: {error}. Received: "
                 f"{config!r}"

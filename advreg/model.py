@@ -42,7 +42,7 @@ from advreg.saving import (
     deserialize_dtype,
     save_whole,
 )
-from advreg.scores import takes_logits
+from advreg.scores import loss_name, takes_logits
 from advreg.state import assign
 
 _RANDOM_STATE = "random_state_"
@@ -255,7 +255,7 @@ class AdversarialRegularization(keras.Model):
             self._track(self._labeled_loss_tracker, outcome.labeled_loss, x)
         logs = self.compute_metrics(x, y, outcome.predictions, sample_weight)
         if outcome.labeled_loss is None:
-            logs = _of_perturbed(logs)
+            logs = self._of_perturbed(logs)
         return {**logs, **{t.name: t.result() for t in trackers}}
 
     def test_step(self, data: Any) -> dict[str, Tensor]:
@@ -603,24 +603,48 @@ class AdversarialRegularization(keras.Model):
     def _scale(self, loss: Tensor) -> Tensor:
         return loss if self.optimizer is None else self.optimizer.scale_loss(loss)
 
+    def _of_perturbed(self, logs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Says in the names of metrics that they were computed on perturbed inputs."""
+        trackers = {tracker.name for tracker in self._training_trackers}
+        return {
+            name if name == "loss" else f"adversarial_{name}": value
+            for name, value in logs.items()
+            if name not in trackers
+        }
+
     def _track(self, tracker: keras.metrics.Mean, loss: Tensor, x: Features) -> None:
         batch = next(leaf for leaf in tree.flatten(x) if leaf is not None)
         tracker.update_state(unscale_loss(loss), sample_weight=tf.shape(batch)[0])
 
-    def _takes_logits(self, outputs: int) -> list[bool]:
+    def _takes_logits(self, predictions: Any) -> list[bool]:
         """Whether each output holds logits, for objectives that compare scores."""
-        losses = tree.flatten(self.loss)
+        objective, outputs = type(self.adv_config.objective).__name__, predictions
+        if isinstance(self.loss, Mapping):
+            names = sorted(outputs) if isinstance(outputs, Mapping) else ()
+            if not set(self.loss) <= set(names):
+                names = self.output_names
+            losses = [self.loss.get(name) for name in names]
+        else:
+            losses = tree.flatten(self.loss)
+        outputs = tree.flatten(outputs)
         if len(losses) == 1:
-            losses = losses * outputs
-        elif isinstance(self.loss, Mapping):
-            losses = [self.loss[name] for name in self.output_names]
+            losses = losses * len(outputs)
         found = [takes_logits(loss) for loss in losses]
-        if len(found) != outputs or None in found:
+        if len(found) != len(outputs) or None in found:
             raise ValueError(
-                f"The objective {type(self.adv_config.objective).__name__} compares "
-                "scores of classes: every output needs a cross-entropy of Keras as "
-                f"loss, which says whether they are logits. Received: {self.loss!r}"
+                f"The objective {objective} compares scores of classes: every output "
+                "needs a cross-entropy of Keras as loss, which says whether they are "
+                f"logits. Received: loss={self.loss!r}"
             )
+        for loss, output in zip(losses, outputs, strict=True):
+            several = len(output.shape) > 1 and output.shape[-1] != 1
+            if several and str(loss_name(loss)).startswith("binary"):
+                raise ValueError(
+                    f"The objective {objective} compares classes of which one is "
+                    "right: a binary cross-entropy needs a single score, several need "
+                    f"a categorical one. Received: loss={self.loss!r} and an output "
+                    f"of shape {tuple(output.shape)}"
+                )
         return [bool(form) for form in found]
 
     def _override(self, overrides: dict[str, Any]) -> AdvNeighborConfig:
@@ -750,14 +774,6 @@ def _check_base(base_model: Any) -> None:
                 "metrics, and on what the model adds by `add_loss`.",
                 stacklevel=4,
             )
-
-
-def _of_perturbed(logs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Says in the names of metrics that they were computed on perturbed inputs."""
-    return {
-        name if name == "loss" else f"adversarial_{name}": value
-        for name, value in logs.items()
-    }
 
 
 def _neighbor_fields() -> list[str]:

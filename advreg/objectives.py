@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +22,8 @@ class Output:
     Args:
         labels: Labels of this output, as `fit` received them.
         clean_logits: Logits for clean features, float32 at least, with the classes as
-            last axis. To an attack they are constants.
+            last axis. To an attack they are constants. `None` where the objective has
+            `uses_clean = False`.
         adversarial_logits: The same for perturbed features.
         sample_weight: Weights of the examples, or `None`.
         predictions: What the model returned for perturbed features.
@@ -42,7 +44,10 @@ class Output:
         """
         weights = self.sample_weight if weighted else None
         given = _Given(name="given", dtype=values.dtype)
-        return given(values, self.predictions, weights)
+        # As a compiled loss, to which it may be added, whatever the model's dtype.
+        return ops.cast(
+            given(values, self.predictions, weights), keras.config.floatx()
+        )
 
     def classes(self) -> Tensor:
         """The true classes as one-hot rows, in the shape and dtype of the logits."""
@@ -189,19 +194,25 @@ class Mart(Objective):
 
     def loss(self, batch: Batch) -> Tensor:
         """Returns the loss of the paper."""
-        total = 0.0
-        for output in batch.outputs:
-            classes = output.classes()
-            clean = ops.log_softmax(output.clean_logits)
-            moved = ops.log_softmax(output.adversarial_logits)
-            own = ops.sum(classes * moved, -1)
-            # log(1 - p) of the best other class: the smallest over the others.
-            rest = ops.log1p(-ops.minimum(ops.exp(moved), 1 - 1e-7))
-            boosted = -own - ops.min(ops.where(classes > 0.5, 0.0, rest), -1)
-            sure = ops.sum(classes * ops.exp(clean), -1)
-            divergence = ops.sum(ops.exp(clean) * (clean - moved), -1)
-            total += output.mean(boosted + self.beta * divergence * (1 - sure))
-        return total
+        outputs = batch.outputs
+        if len(outputs) != 1:
+            raise ValueError(
+                "The objective Mart holds the labelled term of one output: take "
+                '`objective="trades"` where there are several. Received: '
+                f"{len(outputs)} outputs"
+            )
+        (output,) = outputs
+        classes = output.classes()
+        clean = ops.log_softmax(output.clean_logits)
+        moved = ops.log_softmax(output.adversarial_logits)
+        own = ops.sum(classes * moved, -1)
+        # log(1 - p) of the best other class, without the rounding of 1 - p.
+        best = ops.argmax(ops.where(classes > 0.5, -math.inf, moved), -1)
+        best = ops.one_hot(best, moved.shape[-1], dtype="bool")
+        rest = ops.logsumexp(ops.where(best, -math.inf, moved), -1)
+        sure = ops.sum(classes * ops.exp(clean), -1)
+        divergence = ops.sum(ops.exp(clean) * (clean - moved), -1)
+        return output.mean(self.beta * divergence * (1 - sure) - own - rest)
 
 
 @keras.saving.register_keras_serializable(package="advreg")

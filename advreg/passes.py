@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
@@ -12,9 +12,10 @@ from keras import ops, tree
 
 from advreg.ball import Settings
 from advreg.checks import Schedule
-from advreg.geometry import Tensor, l2_norm
+from advreg.config import NormType
+from advreg.geometry import Tensor, l2_norm, steepest_direction, widen
 from advreg.movable import movable
-from advreg.objectives import Batch, Output
+from advreg.objectives import Batch, Objective, Output
 from advreg.packing import Features, Gradients
 from advreg.perturbation import (
     align,
@@ -64,11 +65,12 @@ class Step:
         self._model, self._config = model, model.adv_config
         self._objective: Any = self._config.objective
         self._x, self._y, self._sample_weight = x, y, sample_weight
+        self._perturbs = not _is_zero(self._config.multiplier)
         self._can_move = differentiable(x, model.batch_form.fixed_keys)
 
     def take(self) -> Outcome:
         """Runs the passes that the configuration asks for, and no others."""
-        if _is_zero(self._config.multiplier):
+        if not self._perturbs:
             return self._clean_alone()
         if self._objective.uses_clean:
             return self._together()
@@ -86,11 +88,13 @@ class Step:
         """A clean pass, whose input gradient the attack begins with, and another."""
         carried = recurrent_states(self._model.base_model)
         before = values_of(carried)
+        # The input gradient is that of the labelled loss: another attack needs its own.
+        attacks_labels = type(self._objective).attack is Objective.attack
         y_pred, labeled_loss, loss, gradients, input_grads = self._clean_pass(
-            self._can_move
+            self._can_move if attacks_labels else []
         )
         with self._states_of_the_clean_pass(carried, before):
-            x_adv = self._perturb(input_grads, None)
+            x_adv = self._perturb(input_grads if attacks_labels else None, None)
             adversarial_loss, _, more = self._adversarial_pass(x_adv)
         gradients = [_add(*pair) for pair in zip(gradients, more, strict=True)]
         loss = loss + adversarial_loss
@@ -117,28 +121,26 @@ class Step:
                 y_first = self._forward(self._x)
             x_adv = self._perturb(None, y_first)
 
-        def both() -> Tensor:
-            return self._scaled(
-                self._compare(self._forward(self._x), self._forward(x_adv))
-            )
-
-        with (
-            self._moved_weights(both) if moves_weights else contextlib.nullcontext(),
-            tf.GradientTape() as tape,
-        ):
+        def adversarial_term() -> Tensor:
             y_pred = self._forward(self._x)
-            labeled_loss = model._compile_loss(self._y, y_pred, self._sample_weight)
-            loss = self._clean_total(labeled_loss, model.losses)
             with self._states_of_the_clean_pass(carried, before):
-                if x_adv is None:
-                    with tape.stop_recording():
-                        x_adv = self._perturb(None, y_pred)
-                y_adv = self._forward(x_adv)
-            with keras.StatelessScope():
-                adversarial_loss = self._compare(y_pred, y_adv)
-            loss = loss + adversarial_loss
-            scaled_loss = self._scaled(loss)
-        gradients = tape.gradient(scaled_loss, model.trainable_weights)
+                return self._compare(y_pred, self._forward(x_adv))
+
+        with self._moved_weights(adversarial_term):
+            with tf.GradientTape() as tape:
+                y_pred = self._forward(self._x)
+                labeled_loss = model._compile_loss(self._y, y_pred, self._sample_weight)
+                loss = self._clean_total(labeled_loss, model.losses)
+                with self._states_of_the_clean_pass(carried, before):
+                    if x_adv is None:
+                        with tape.stop_recording():
+                            x_adv = self._perturb(None, y_pred)
+                    y_adv = self._forward(x_adv)
+                with keras.StatelessScope():
+                    adversarial_loss = self._compare(y_pred, y_adv)
+                loss = loss + adversarial_loss
+                scaled_loss = self._scaled(loss)
+            gradients = tape.gradient(scaled_loss, model.trainable_weights)
         y_pred = y_pred if y_first is None else y_first
         return Outcome(y_pred, gradients, loss, labeled_loss, adversarial_loss)
 
@@ -155,7 +157,7 @@ class Step:
         # Persistent, because the losses that a model adds show only once it has run.
         with tf.GradientTape(persistent=True) as tape:
             tape.watch(watched)
-            y_pred = self._forward(self._x, floats=any(wanted))
+            y_pred = self._forward(self._x)
             labeled_loss = model._compile_loss(self._y, y_pred, self._sample_weight)
             losses = model.losses
             loss = self._clean_total(labeled_loss, losses)
@@ -183,20 +185,19 @@ class Step:
                 single outputs and count those that the base adds.
         """
 
-        def scaled_loss() -> tuple[Tensor, Any, Tensor]:
-            y_pred = self._forward(x_adv)
-            tracked = contextlib.nullcontext() if alone else keras.StatelessScope()
-            with tracked:
-                loss = self._compare(None, y_pred)
-            added = self._model.losses if alone else []
-            return self._scaled(self._model._total_loss(loss, added)), y_pred, loss
+        def adversarial_term() -> Tensor:
+            return self._compare(None, self._forward(x_adv))
 
-        with (
-            self._moved_weights(lambda: scaled_loss()[0]),
-            tf.GradientTape() as tape,
-        ):
-            scaled, y_pred, loss = scaled_loss()
-        return loss, y_pred, tape.gradient(scaled, self._model.trainable_weights)
+        tracked = contextlib.nullcontext() if alone else keras.StatelessScope()
+        with self._moved_weights(adversarial_term):
+            with tf.GradientTape() as tape:
+                y_pred = self._forward(x_adv)
+                with tracked:
+                    loss = self._compare(None, y_pred)
+                added = self._model.losses if alone else []
+                scaled_loss = self._scaled(self._model._total_loss(loss, added))
+            gradients = tape.gradient(scaled_loss, self._model.trainable_weights)
+        return loss, y_pred, gradients
 
     def _perturb(self, gradients: Gradients | None, clean: Any) -> Features:
         """Moves the features so that what the objective attacks grows.
@@ -206,16 +207,12 @@ class Step:
             clean: Predictions for clean features, which the attack may compare with.
         """
         model = self._model
-        constant = tree.map_structure(
-            lambda leaf: None if leaf is None else ops.stop_gradient(leaf), clean
-        )
 
         def loss_at(features: Features) -> Tensor:
             with keras.StatelessScope():
                 y_pred = self._forward(features)
-                return self._scaled(
-                    self._objective.attack(self._batch(constant, y_pred))
-                )
+                batch = self._batch(clean, y_pred, constant=True)
+                return self._scaled(self._objective.attack(batch))
 
         def gradient_at(features: Features) -> Gradients:
             return input_gradients(loss_at, features, self._can_move)
@@ -231,34 +228,22 @@ class Step:
         )
 
     @contextlib.contextmanager
-    def _moved_weights(self, loss: Callable[[], Tensor]) -> Iterator[None]:
-        """Moves the kernels against a loss, as far as is configured, and back again."""
+    def _moved_weights(self, term: Callable[[], Tensor]) -> Iterator[None]:
+        """Moves the kernels so that a term grows, as far as is configured, and back.
+
+        Each replica moves its own, by the gradient of its own share of the batch.
+        """
         gamma = self._at_this_step(self._config.weight_perturbation)
         if _is_zero(gamma):
             yield
             return
         kernels = [w for w in self._model.trainable_weights if len(w.shape) > 1]
         with tf.GradientTape() as tape, keras.StatelessScope():
-            value = loss()
-        moved = []
-        for kernel, gradient in zip(
-            kernels, tape.gradient(value, kernels), strict=True
-        ):
-            before = tf.convert_to_tensor(kernel.value)
-            if gradient is None:
-                moved.append(before)
-                continue
-            gradient = tf.convert_to_tensor(gradient)
-            gradient = ops.where(ops.isfinite(gradient), gradient, 0.0)
-            # A row of all values, so that the norm is safe at any scale.
-            length, slope = (
-                ops.reshape(l2_norm(ops.reshape(v, (1, -1))), ())
-                for v in (before, gradient)
-            )
-            factor = ops.cast(gamma, before.dtype) * ops.divide_no_nan(length, slope)
-            moved.append(before + factor * gradient)
+            scaled = self._scaled(term())
         before = values_of(kernels)
-        assign(kernels, moved)
+        gradients = tape.gradient(scaled, kernels)
+        pairs = zip(before, gradients, strict=True)
+        assign(kernels, [_moved(*pair, gamma) for pair in pairs])
         try:
             yield
         finally:
@@ -278,28 +263,44 @@ class Step:
         yield
         assign(clean, after)
 
-    def _batch(self, clean: Any, adversarial: Any) -> Batch:
+    def _batch(self, clean: Any, adversarial: Any, constant: bool = False) -> Batch:
+        """What the objective may look at.
+
+        Args:
+            clean: Predictions for clean features, `None` where there are none.
+            adversarial: Predictions for perturbed features.
+            constant: Whether no gradient is to reach the clean predictions.
+        """
         model, weight = self._model, self._sample_weight
 
         def outputs() -> list[Output]:
-            predictions = tree.flatten(adversarial)
-            forms = model._takes_logits(len(predictions))
-            weights = tree.flatten(weight) if tree.is_nested(weight) else [weight]
+            after = tree.flatten(adversarial)
+            before = [None] * len(after) if clean is None else tree.flatten(clean)
+            weights = self._per_output(weight, adversarial)
             if len(weights) == 1:
-                weights = weights * len(predictions)
-            return [
-                Output(label, logits_of(before, form), logits_of(after, form), w, after)
-                for label, before, after, form, w in zip(
-                    tree.flatten(self._y),
-                    tree.flatten(clean),
-                    predictions,
-                    forms,
-                    weights,
-                    strict=True,
-                )
-            ]
+                weights = weights * len(after)
+            made = []
+            for label, old, new, from_logits, w in zip(
+                self._per_output(self._y, adversarial),
+                before,
+                after,
+                model._takes_logits(adversarial),
+                weights,
+                strict=True,
+            ):
+                logits = None if old is None else logits_of(old, from_logits)
+                if constant and logits is not None:
+                    logits = ops.stop_gradient(logits)
+                made.append(Output(label, logits, logits_of(new, from_logits), w, new))
+            return made
 
         return Batch(outputs, lambda: model._compile_loss(self._y, adversarial, weight))
+
+    def _per_output(self, values: Any, predictions: Any) -> list[Any]:
+        """Lists what belongs to outputs in their order, which names may stand for."""
+        if isinstance(values, Mapping) and not isinstance(predictions, Mapping):
+            return [values[name] for name in self._model.output_names]
+        return tree.flatten(values)
 
     def _compare(self, clean: Any, adversarial: Any) -> Tensor:
         """The adversarial term, with its weight."""
@@ -313,8 +314,8 @@ class Step:
             labeled_loss = labeled_loss * weight
         return self._model._total_loss(labeled_loss, losses)
 
-    def _forward(self, features: Features, floats: bool = True) -> Any:
-        return self._model._forward(features, training=True, floats=floats)
+    def _forward(self, features: Features) -> Any:
+        return self._model._forward(features, training=True, floats=self._perturbs)
 
     def _scaled(self, loss: Tensor) -> Tensor:
         return self._model._scale(loss)
@@ -328,6 +329,19 @@ class Step:
 def _is_zero(value: Any) -> bool:
     """Whether a weight is the number 0; a schedule that is at 0 is not."""
     return isinstance(value, float) and value == 0.0
+
+
+def _moved(value: Tensor, gradient: Any, gamma: Any) -> Tensor:
+    """Moves a kernel along its gradient, by `gamma` times its own length."""
+    if gradient is None:
+        return value
+    rows = widen(ops.reshape(value, (1, -1)))
+    slope = widen(ops.reshape(tf.convert_to_tensor(gradient), (1, -1)))
+    slope = ops.where(ops.isfinite(slope), slope, 0.0)
+    direction = steepest_direction(slope, NormType.L2)
+    gamma = ops.convert_to_tensor(gamma, rows.dtype)
+    rows = rows + gamma * l2_norm(rows) * direction
+    return ops.cast(ops.reshape(rows, ops.shape(value)), value.dtype)
 
 
 def _add(a: Any, b: Any) -> Any:

@@ -6,6 +6,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import keras
 import pytest
 from hypothesis import settings
+from keras import ops
 
 # Compiling makes the first example of a test slow, which is no fault of the test.
 # By default the examples are the same in every run, so that a change is judged by what
@@ -59,3 +60,15 @@ def mode(request):
         "function": {"jit_compile": False},
         "jit": {"jit_compile": True},
     }[request.param]
+
+
+@pytest.fixture
+def fixed_start(monkeypatch):
+    """Makes random starts those of `formulas.py`, but for what may not move."""
+    from formulas import START
+
+    def sample(shape, norm, seed, free, dtype):
+        start = ops.convert_to_tensor(START, dtype)
+        return start if free is None else ops.where(free, start, 0.0)
+
+    monkeypatch.setattr("advreg.ball.sample_unit_ball", sample)

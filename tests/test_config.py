@@ -8,6 +8,7 @@ import tensorflow as tf
 
 import advreg
 from advreg import AdvNeighborConfig, AdvRegConfig, NormType, make_adv_reg_config
+from advreg.objectives import LabeledLoss
 
 SCHEDULE = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.5)
 
@@ -40,8 +41,12 @@ def test_defaults_are_those_of_nsl():
         "pgd_iterations": 1,
         "pgd_epsilon": None,
         "random_init": False,
+        "init_radius": None,
     }
     assert AdvRegConfig().multiplier == 0.2
+    assert AdvRegConfig().objective == LabeledLoss()
+    assert AdvRegConfig().clean_weight == 1.0
+    assert AdvRegConfig().weight_perturbation == 0.0
     assert make_adv_reg_config() == AdvRegConfig()
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import json
 import operator
@@ -19,6 +20,7 @@ from advreg.config import AdvNeighborConfig, AdvRegConfig
 REG = ("adv_config", "config")
 NEIGHBOR = (*REG, "adv_neighbor_config", "config")
 MISSING = object()
+OLD_FIELDS = [f for f in dataclasses.fields(AdvNeighborConfig) if not f.kw_only]
 
 
 def schedule(**changes):
@@ -71,10 +73,13 @@ CALLABLES = [
 ]
 
 
+def config():
+    return make_adv_reg_config(0.5, feature_mask=np.ones(6), adv_step_size=0.1)
+
+
 @functools.cache
 def serialized():
-    config = make_adv_reg_config(0.5, feature_mask=np.ones(6), adv_step_size=0.1)
-    return keras.saving.serialize_keras_object(regularized(classifier(), config))
+    return keras.saving.serialize_keras_object(regularized(classifier(), config()))
 
 
 def write(path, at, value, compiled=False):
@@ -126,6 +131,19 @@ NO_SCHEDULES = [
     {**schedule(), "class_name": "SGD", "module": "keras.optimizers"},
     {**schedule(), "registered_name": "advreg>AdversarialRegularization"},
 ]
+NO_OBJECTIVES = [
+    *(value for value in ANYTHING if value != "1.0"),
+    "os.system",
+    None,
+    3,
+    schedule(),
+    of_class("advreg.objectives", "Objective"),
+    of_class("advreg.objectives", "Trades", registered_name="Trades"),
+    of_class("x", "x", {"beta": "5"}, registered_name="advreg>Mart"),
+    of_class("x", "x", {"beta": -1.0}, registered_name="advreg>Mart"),
+    of_class("x", "x", {"beta": schedule()}, registered_name="advreg>Mart"),
+    of_class("x", "x", {"unknown": 1.0}, registered_name="advreg>Trades"),
+]
 NO_ARRAYS = [
     array([1.0], "S1000000000"),
     array([1.0], "U1000000000"),
@@ -165,6 +183,10 @@ NO_ARRAYS = [
         *cases((*NEIGHBOR, "pgd_iterations"), "must be", [*NO_NUMBERS, 1.0, 10**30]),
         *cases((*NEIGHBOR, "random_init"), "must be", [*ANYTHING, 0, 1, None]),
         *cases((*REG, "adv_neighbor_config"), "must be", [*ANYTHING, None]),
+        *cases((*REG, "objective"), "must", NO_OBJECTIVES),
+        *cases((*REG, "clean_weight"), "must be", [*NO_NUMBERS, schedule()]),
+        *cases((*REG, "weight_perturbation"), "must be", [*NO_NUMBERS, *NO_SCHEDULES]),
+        *cases((*NEIGHBOR, "init_radius"), "must be", [*NO_SCHEDULES, *CALLABLES]),
         *cases(("adv_config",), "must be", [*ANYTHING, *NO_SCHEDULES, None]),
         *cases(("base_model",), "must be", [*CALLABLES, *ANYTHING[-5:], None, -1]),
         *cases(("dtype",), "must be", [*ANYTHING, *NO_SCHEDULES, 3, None]),
@@ -186,7 +208,7 @@ def test_a_wrong_value_is_refused(at, rule, value, tmp_path):
     "at",
     [
         *[("adv_config", "config", f) for f in ("multiplier", "adv_neighbor_config")],
-        *[(*NEIGHBOR, name) for name in AdvNeighborConfig().get_config()],
+        *[(*NEIGHBOR, field.name) for field in OLD_FIELDS],
         ("base_model",),
         ("adv_config",),
         ("dtype",),
@@ -198,6 +220,18 @@ def test_a_wrong_value_is_refused(at, rule, value, tmp_path):
 def test_missing_fields_are_named(at, tmp_path):
     message = refused(write(tmp_path / "model.keras", at, MISSING))
     assert f"missing=['{at[-1]}']" in message
+
+
+def test_a_file_that_is_older_than_a_field_has_its_default(tmp_path):
+    path = tmp_path / "model.keras"
+    for at in [
+        (*REG, "objective"),
+        (*REG, "clean_weight"),
+        (*REG, "weight_perturbation"),
+        (*NEIGHBOR, "init_radius"),
+    ]:
+        loaded = keras.models.load_model(write(path, at, MISSING))
+        assert loaded.adv_config == config()
 
 
 @pytest.mark.parametrize("at", [(), REG, NEIGHBOR])

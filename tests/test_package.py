@@ -28,6 +28,7 @@ def test_public_names():
         "AdvRegConfig",
         "AdversarialRegularization",
         "NormType",
+        "Objective",
         "RobustnessReport",
         "__version__",
         "adversarial_loss",

@@ -18,6 +18,7 @@ from advreg import config
 from advreg.checks import Constraint, Number, count, is_number, length, show
 from advreg.config import NormType
 from advreg.nsl._absent import FUSION, GRAPHS, absent
+from advreg.objectives import Objective
 
 __all__ = [
     "DEFAULT_ADVERSARIAL_PARAMS",
@@ -135,16 +136,29 @@ class AdvRegConfig(_Assignable, config.AdvRegConfig):
     Args:
         multiplier: As of `advreg.AdvRegConfig`.
         adv_neighbor_config: An `AdvNeighborConfig`; `None` for one with defaults.
+        objective: As of `advreg.AdvRegConfig`, like all that follows.
+        clean_weight: Weight of the labelled loss on clean inputs.
+        weight_perturbation: How far the weights move before the gradient is taken.
     """
 
     def __init__(
         self,
         multiplier: Number = config.AdvRegConfig.multiplier,
         adv_neighbor_config: config.AdvNeighborConfig | None = None,
+        *,
+        objective: Objective | str = config.AdvRegConfig.objective,
+        clean_weight: float = config.AdvRegConfig.clean_weight,
+        weight_perturbation: Number = config.AdvRegConfig.weight_perturbation,
     ) -> None:
         if adv_neighbor_config is None:
             adv_neighbor_config = AdvNeighborConfig()
-        super().__init__(multiplier, adv_neighbor_config)
+        super().__init__(
+            multiplier,
+            adv_neighbor_config,
+            objective=objective,
+            clean_weight=clean_weight,
+            weight_perturbation=weight_perturbation,
+        )
 
 
 def make_adv_reg_config(
@@ -289,5 +303,6 @@ class VirtualAdvConfig:
 DEFAULT_ADVERSARIAL_PARAMS = {
     field.name: getattr(AdvNeighborConfig(), field.name)
     for field in dataclasses.fields(AdvNeighborConfig)
+    if not field.kw_only  # Those are none of NSL's.
 }
 DEFAULT_DISTANCE_PARAMS = dataclasses.asdict(DistanceConfig())

@@ -168,8 +168,9 @@ class AdversarialRegularization(model.AdversarialRegularization):
     def train_step(self, data: Any) -> dict[str, Tensor]:
         """Takes one step, and reports it under NSL's names."""
         logs = super().train_step(data)
-        if len(self.label_keys) == 1:
-            del logs["labeled_loss"]  # It is there under the name of the loss.
+        if len(self.label_keys) == 1 and logs.pop("labeled_loss", None) is None:
+            # It was under the name of its loss too, but there was no clean pass.
+            del logs[f"adversarial_{self._loss_names[0]}"]
         return logs
 
     def get_metrics_result(self) -> dict[str, Tensor]:

@@ -1,0 +1,554 @@
+"""What the adversarial term measures, against the formulas of `formulas.py`."""
+
+import dataclasses
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from formulas import (
+    BATCH,
+    CLASSES,
+    INPUT,
+    LABELS,
+    START,
+    TERMS,
+    WEIGHTS,
+    WIDTH,
+    Recipe,
+    assert_same,
+    base_of,
+    exact_cross_entropy,
+    network,
+    step,
+)
+from keras import layers, losses, ops
+from models import X, Y, classifier, regularized, rows, two_outputs
+
+import advreg
+from advreg import AdvRegConfig, make_adv_reg_config
+from advreg.objectives import OBJECTIVES, Batch, Mart, Output, Trades
+
+# --- The losses themselves
+
+
+def evaluate(name, weights, x, x_adv, labels):
+    """The objective as advreg has it, on a network that is known."""
+    clean, moved = network(weights, x), network(weights, x_adv)
+    output = Output(labels, clean, moved, None, moved)
+    cross = losses.SparseCategoricalCrossentropy(True, dtype="float64")
+    batch = Batch(lambda: [output], lambda: tf.cast(cross(labels, moved), "float64"))
+    return OBJECTIVES[name]().loss(batch)
+
+
+def matrices(seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = [(WIDTH, 5), (5,), (5, CLASSES), (CLASSES,)]
+    return [rng.normal(size=shape) for shape in shapes]
+
+
+@pytest.fixture
+def float64():
+    keras.config.set_floatx("float64")
+    yield
+    keras.config.set_floatx("float32")
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_loss_and_gradient_equal_the_formula_and_finite_differences(name, float64):
+    weights = [tf.constant(w) for w in matrices()]
+    x_adv = INPUT + 0.3 * START
+    with tf.GradientTape() as tape:
+        tape.watch(weights)
+        loss = evaluate(name, weights, INPUT, x_adv, LABELS)
+    gradients = tape.gradient(loss, weights)
+    clean, truth = network(weights, INPUT), np.eye(CLASSES)[LABELS]
+
+    def formula(moved):
+        # What is constant to the paper stays where it is.
+        constant = name == "virtual_adversarial"
+        compared = clean if constant else network(moved, INPUT)
+        return float(np.mean(TERMS[name](compared, network(moved, x_adv), truth)))
+
+    np.testing.assert_allclose(loss, formula(weights), rtol=1e-12)
+    for place, gradient in enumerate(gradients):
+        values = weights[place].numpy()
+        for index in np.ndindex(values.shape):
+            ends = []
+            for sign in (1, -1):
+                moved = values.copy()
+                moved[index] += sign * 1e-5
+                ends.append(
+                    formula(
+                        [*weights[:place], tf.constant(moved), *weights[place + 1 :]]
+                    )
+                )
+            slope = (ends[0] - ends[1]) / 2e-5
+            np.testing.assert_allclose(gradient[index], slope, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_half_the_classes_are_ruled_out_and_nothing_overflows(name):
+    """Scores of 1e4, right and wrong ones: losses and gradients stay finite."""
+    clean = tf.constant([[1e4, 0, -1e4], [1e4, 0, 0], [0, 0, 0]], "float32")
+    moved = tf.constant([[-1e4, 0, 1e4], [1e4, 0, 0], [0, 1e4, 1e4]], "float32")
+    cross = losses.SparseCategoricalCrossentropy(from_logits=True)
+    for label in range(3):
+        labels = np.full(3, label)
+        with tf.GradientTape() as tape:
+            tape.watch([clean, moved])
+            output = Output(labels, clean, moved, None, moved)
+            batch = Batch(lambda o=output: [o], lambda y=labels: cross(y, moved))
+            loss = OBJECTIVES[name]().loss(batch)
+        assert np.isfinite(loss)
+        for gradient in tape.gradient(loss, [clean, moved]):
+            assert gradient is None or np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("gap", [5.0, 15.0, 40.0])
+def test_the_margin_of_mart_does_not_round_away(gap, float64):
+    """In float32 a wrong class of probability 1 - e^-15 is 1."""
+    found = {}
+    for dtype in ("float32", "float64"):
+        logits = tf.constant([[0.0, gap, -1.0]], dtype)
+        with tf.GradientTape() as tape:
+            tape.watch(logits)
+            output = Output(np.array([0]), logits, logits, None, logits)
+            loss = Mart(0.0).loss(Batch(lambda o=output: [o], lambda: None))
+        found[dtype] = float(loss), tape.gradient(loss, logits).numpy()
+    (loss, gradient), (wanted, slope) = found.values()
+    # -log p - log(1 - q) for two classes that share all but e^-1 of the rest.
+    rest = 1 + np.exp(-1.0)
+    exact = 2 * np.log(rest + np.exp(gap)) - np.log(rest)
+    np.testing.assert_allclose(wanted, exact, rtol=1e-12)
+    np.testing.assert_allclose(loss, exact, rtol=1e-6)
+    np.testing.assert_allclose(gradient, slope, rtol=1e-5, atol=1e-6)
+
+
+# --- One step of training against one that is written out
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_a_step_equals_one_by_hand(name, mode, fixed_start):
+    base, recipe = base_of(), Recipe(name, START)
+    truth = np.eye(CLASSES)[LABELS]
+    expected = recipe.gradients(base.get_weights(), INPUT, truth)
+    assert_same(step(base, recipe, LABELS, exact_cross_entropy(), **mode), expected)
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+@pytest.mark.parametrize("name", ["trades", "mart"])
+def test_other_norms(name, norm, fixed_start):
+    base, recipe = base_of(), Recipe(name, START, norm=norm)
+    truth = np.eye(CLASSES)[LABELS]
+    expected = recipe.gradients(base.get_weights(), INPUT, truth)
+    got = step(base, recipe, LABELS, exact_cross_entropy(), run_eagerly=True)
+    assert_same(got, expected)
+
+
+FORMS = {
+    "a column of labels": (None, exact_cross_entropy, LABELS[:, None]),
+    "one-hot labels": (
+        None,
+        lambda: losses.CategoricalCrossentropy(from_logits=True, dtype="float64"),
+        np.eye(CLASSES)[LABELS],
+    ),
+    "probabilities": (
+        "softmax",
+        lambda: exact_cross_entropy(from_logits=False),
+        LABELS,
+    ),
+    "one-hot probabilities": (
+        "softmax",
+        lambda: losses.CategoricalCrossentropy(dtype="float64"),
+        np.eye(CLASSES)[LABELS],
+    ),
+    "the name of a loss": (
+        "softmax",
+        lambda: "sparse_categorical_crossentropy",
+        LABELS,
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", TERMS)
+def test_every_form_of_labels_and_scores(name, form, fixed_start):
+    activation, loss, y = FORMS[form]
+    base, recipe = base_of(activation), Recipe(name, START)
+    truth = np.eye(CLASSES)[LABELS]
+    expected = recipe.gradients(base.get_weights(), INPUT, truth)
+    got = step(base, recipe, y, loss(), run_eagerly=True)
+    # Losses that are given by name compute in float32.
+    assert_same(got, expected, 1e-5 if isinstance(loss(), str) else 1e-9)
+
+
+@pytest.mark.parametrize("activation", [None, "sigmoid"])
+@pytest.mark.parametrize("shape", [(BATCH,), (BATCH, 1)])
+@pytest.mark.parametrize("name", TERMS)
+def test_a_single_score_tells_two_classes_apart(name, activation, shape, fixed_start):
+    labels = LABELS % 2
+    base, recipe = base_of(activation, 1), Recipe(name, START)
+    loss = losses.BinaryCrossentropy(from_logits=activation is None, dtype="float64")
+    # The distance of the logits is over both, of which one is 0.
+    expected = recipe.gradients(base.get_weights(), INPUT, np.eye(2)[labels])
+    got = step(base, recipe, labels.reshape(shape), loss, run_eagerly=True)
+    assert_same(got, expected)
+
+
+@pytest.mark.parametrize(
+    "mode", [{"jit_compile": False}, {"jit_compile": True}], ids=str
+)
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_compiled_functions_find_the_logits_behind_probabilities(
+    activation, mode, fixed_start
+):
+    units = {"softmax": CLASSES, "sigmoid": 1}[activation]
+    truth = np.eye(max(units, 2))[LABELS % max(units, 2)]
+    base, recipe = base_of(activation, units), Recipe("trades", START)
+    # So large that no probability tells them apart, in float64 either.
+    base.get_layer("last").kernel.assign(100 * base.get_layer("last").kernel)
+    loss = (
+        losses.BinaryCrossentropy(dtype="float64")
+        if units == 1
+        else exact_cross_entropy(from_logits=False)
+    )
+
+    def scaled(weights, x):
+        return tf.cast(tf.clip_by_value(network(weights, x), -700, 700), "float64")
+
+    expected = recipe.gradients(base.get_weights(), INPUT, truth, logits=scaled)
+    got = step(base, recipe, np.argmax(truth, 1), loss, **mode)
+    assert_same(got, expected, 1e-6)
+
+
+@pytest.mark.parametrize("shape", [(BATCH,), (BATCH, 1)])
+@pytest.mark.parametrize("name", TERMS)
+def test_sample_weights(name, shape, fixed_start):
+    """Examples of weight 0 neither move nor count, but in virtual training."""
+    base, recipe = base_of(), Recipe(name, START)
+    truth, weights = np.eye(CLASSES)[LABELS], WEIGHTS.reshape(shape)
+    before = base.get_weights()
+    expected = recipe.gradients(before, INPUT, truth, WEIGHTS)
+    # Examples of weight 0 may have any label.
+    for labels in (LABELS, np.where(WEIGHTS == 0, (LABELS + 1) % CLASSES, LABELS)):
+        base.set_weights(before)
+        got = step(
+            base, recipe, labels, exact_cross_entropy(), weights, run_eagerly=True
+        )
+        assert_same(got, expected)
+
+
+class Spy(layers.Layer):
+    """Keeps what it received."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.seen = []
+
+    def call(self, inputs):
+        self.seen.append(inputs.numpy())
+        return inputs
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_examples_of_weight_0_move_only_where_they_count(name):
+    spy = Spy(dtype="float64", name="spy")
+    inputs = keras.Input((WIDTH,), dtype="float64")
+    hidden = layers.Dense(5, "tanh", dtype="float64")
+    network = keras.Sequential([inputs, hidden, layers.Dense(3, dtype="float64")])
+    base = SpiedOn(spy, network)
+    config = Recipe(name, START).config()
+    model = regularized(
+        base, make_adv_reg_config(**config), exact_cross_entropy(), run_eagerly=True
+    )
+    model.train_on_batch(INPUT, LABELS, WEIGHTS)
+    inside = np.clip(INPUT, -1.5, 1.5) == INPUT
+    moved = ((spy.seen[-1] != INPUT) & inside).any(axis=1)
+    np.testing.assert_array_equal(
+        moved, True if name == "virtual_adversarial" else WEIGHTS != 0
+    )
+
+
+class SpiedOn(keras.Model):
+    def __init__(self, spy, network):
+        super().__init__()
+        self.spy, self.network = spy, network
+
+    def call(self, inputs, training=False):
+        return self.network(self.spy(inputs))
+
+
+def test_class_weights_are_sample_weights():
+    by_class = {0: 0.5, 1: 2.0, 2: 0.0}
+    given = np.array([by_class[label] for label in Y])
+    found = []
+    for weights in ({"class_weight": by_class}, {"sample_weight": given}):
+        keras.utils.set_random_seed(0)
+        model = regularized(classifier(), AdvRegConfig.trades(0.1, iterations=1))
+        history = model.fit(X, Y, verbose=0, shuffle=False, **weights).history
+        found.append([history, *model.get_weights()])
+    np.testing.assert_equal(*found)
+
+
+# --- Several outputs, sequences, images
+
+
+def named_heads(dictionary=False):
+    """Two outputs, whose names come in another order than that of the alphabet."""
+    inputs = keras.Input((6,))
+    heads = [layers.Dense(3, name="z")(inputs), layers.Dense(2, name="a")(inputs)]
+    outputs = {"one": heads[0], "two": heads[1]} if dictionary else heads
+    return keras.Model(inputs, outputs)
+
+
+def from_logits():
+    return losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def softmax_rows(logits):
+    odds = np.exp(logits - logits.max(-1, keepdims=True))
+    return odds / odds.sum(-1, keepdims=True)
+
+
+def record(base, monkeypatch):
+    """Lists what a base receives, step by step, in eager mode."""
+    received, call = [], base.call
+
+    def recording(inputs, **kwargs):
+        received.append(np.array(inputs))
+        return call(inputs, **kwargs)
+
+    monkeypatch.setattr(base, "call", recording)
+    return received
+
+
+@pytest.mark.parametrize("by", ["place", "name", "key"])
+def test_the_divergence_of_several_outputs_is_their_sum(by, monkeypatch):
+    base = named_heads(dictionary=by == "key")
+    kernels = base.get_weights()
+    weights = [np.linspace(0, 1, 12), np.linspace(2, 0, 12)]
+    y, loss, given = [Y, Y % 2], [from_logits(), from_logits()], weights
+    if by == "name":
+        y, loss = (dict(zip("za", v, strict=True)) for v in (y, loss))
+    if by == "key":
+        keys = ("one", "two")
+        y, loss, given = (dict(zip(keys, v, strict=True)) for v in (y, loss, weights))
+    config = AdvRegConfig.trades(0.3, 2.0, iterations=1, init_radius=0.2)
+    model = regularized(base, config, loss, run_eagerly=True)
+    received = record(base, monkeypatch)
+    logs = model.train_on_batch(X, y, given, return_dict=True)
+    x_adv = received[-1]
+    assert (np.abs(x_adv - X).max(axis=1) > 0.1).all()
+    total = 0.0
+    for kernel, bias, w in zip(kernels[::2], kernels[1::2], weights, strict=True):
+        p, q = (softmax_rows(at @ kernel + bias) for at in (X, x_adv))
+        total += np.mean(w * np.sum(p * np.log(p / q), -1))
+    np.testing.assert_allclose(logs["scaled_adversarial_loss"], 2 * total, rtol=1e-4)
+
+
+PLACES = np.array([[True, True, True, False], [True] * 4, [False] * 4])
+
+
+def in_sequences(values):
+    """Puts what belongs to rows into steps of sequences, of which some are padding."""
+    values = np.asarray(values)
+    padded = np.zeros((*PLACES.shape, *values.shape[1:]), values.dtype)
+    padded[PLACES] = values
+    return padded
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("name", TERMS)
+def test_padding_of_sequences_neither_moves_nor_counts(name, weighted, monkeypatch):
+    base = keras.Sequential(
+        [
+            keras.Input((4, WIDTH), dtype="float64"),
+            layers.Masking(dtype="float64"),
+            *base_of().layers,
+        ]
+    )
+    start = in_sequences(START).reshape(3, -1)
+    monkeypatch.setattr("advreg.ball.sample_unit_ball", lambda *args: start)
+    recipe, truth = Recipe(name, START), np.eye(CLASSES)[LABELS]
+    weights = WEIGHTS if weighted else None
+    expected = recipe.gradients(base.get_weights(), INPUT, truth, weights)
+    got = step(
+        base,
+        recipe,
+        in_sequences(LABELS),
+        exact_cross_entropy(),
+        in_sequences(weights) if weighted else None,
+        in_sequences(INPUT),
+        run_eagerly=True,
+    )
+    assert_same(got, expected)
+
+
+def test_images_of_bytes(monkeypatch):
+    stack = [layers.Rescaling(1 / 255), layers.Flatten(), layers.Dense(3)]
+    base = keras.Sequential([keras.Input((4, 4, 1)), *stack])
+    config = AdvRegConfig.trades(10.0, iterations=2, clip_value_min=0.0)
+    model = regularized(base, config, run_eagerly=True)
+    received = record(base, monkeypatch)
+    images = np.random.default_rng(0).integers(0, 256, (12, 4, 4, 1), "uint8")
+    model.train_on_batch(images, Y)
+    assert {x.dtype for x in received} == {np.dtype("float32")}
+    moved = np.abs(received[-1] - images).max()
+    assert 5 < moved <= 10
+
+
+# --- Half precision, and scores that saturate
+
+
+@pytest.mark.parametrize("activation", [None, "softmax"])
+@pytest.mark.parametrize("name", TERMS)
+def test_half_precision(name, activation):
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        base = keras.Sequential(
+            [
+                keras.Input((6,)),
+                layers.Dense(8, "relu"),
+                layers.BatchNormalization(),
+                layers.Dense(3, activation),
+            ]
+        )
+    finally:
+        keras.config.set_dtype_policy("float32")
+    config = make_adv_reg_config(
+        1.0, objective=name, adv_step_size=0.2, random_init=True, pgd_iterations=2
+    )
+    config = dataclasses.replace(config, weight_perturbation=0.01)
+    loss = losses.SparseCategoricalCrossentropy(from_logits=activation is None)
+    model = regularized(base, config, loss, "adam", run_eagerly=True)
+    history = [model.train_on_batch(X, Y, return_dict=True) for _ in range(4)]
+    assert all(np.isfinite(list(logs.values())).all() for logs in history)
+    assert all(np.isfinite(w).all() for w in model.get_weights())
+    # Probabilities in half precision make the first scale of the loss too large.
+    assert int(model.optimizer.iterations) >= 3
+
+
+@pytest.mark.parametrize(
+    "mode", [{"run_eagerly": True}, {"jit_compile": False}], ids=str
+)
+@pytest.mark.parametrize("activation", [None, "softmax", "sigmoid"])
+@pytest.mark.parametrize("name", TERMS)
+def test_saturated_scores(name, activation, mode):
+    """Probabilities that are 0 and 1, from logits of 1e4 and more."""
+    units = 1 if activation == "sigmoid" else 3
+    base = keras.Sequential([keras.Input((6,)), layers.Dense(units, activation)])
+    base.layers[0].kernel.assign(1e4 * base.layers[0].kernel)
+    loss = (
+        "binary_crossentropy"
+        if units == 1
+        else losses.SparseCategoricalCrossentropy(from_logits=activation is None)
+    )
+    config = make_adv_reg_config(
+        1.0, objective=name, adv_step_size=0.5, random_init=True, adv_grad_norm="linf"
+    )
+    model = regularized(base, config, loss, **mode)
+    logs = model.train_on_batch(X, Y % (2 if units == 1 else 3), return_dict=True)
+    assert np.isfinite(list(logs.values())).all()
+    # A divergence sees the scores that probabilities of 0 and 1 do not show.
+    assert units == 1 or logs["scaled_adversarial_loss"] > 10
+    assert all(np.isfinite(w).all() for w in model.get_weights())
+
+
+# --- Objectives of one's own, and errors
+
+
+@dataclasses.dataclass(frozen=True)
+class Backwards(advreg.Objective):
+    """The labelled loss where it is smallest."""
+
+    uses_clean = False
+
+    def attack(self, batch):
+        return -batch.labeled_loss
+
+    def loss(self, batch):
+        (output,) = batch.outputs
+        assert output.clean_logits is None
+        return output.mean(-ops.log_softmax(output.adversarial_logits)[:, 0])
+
+
+@pytest.mark.parametrize("clean_weight", [0.0, 1.0])
+def test_an_attack_of_one_s_own_is_followed_from_the_first_step(
+    clean_weight, monkeypatch
+):
+    base = classifier()
+    config = make_adv_reg_config(
+        1.0,
+        objective=Backwards(),
+        clean_weight=clean_weight,
+        adv_step_size=0.2,
+        adv_grad_norm="linf",
+    )
+    model = regularized(base, config, run_eagerly=True)
+    expected = 2 * X - model.perturb_on_batch(X, Y)  # The other way.
+    received = record(base, monkeypatch)
+    model.train_on_batch(X, Y)
+    np.testing.assert_allclose(received[-1], expected, atol=1e-6)
+
+
+def test_an_objective_without_a_loss():
+    config = make_adv_reg_config(objective=advreg.Objective())
+    model = regularized(classifier(), config, run_eagerly=True)
+    with pytest.raises(NotImplementedError, match="Objective must define `loss`"):
+        model.train_on_batch(X, Y)
+
+
+@pytest.mark.parametrize("objective", set(TERMS) - {"labeled_loss"})
+@pytest.mark.parametrize(
+    ("loss", "received"), [("mse", "mse"), (lambda y, p: ops.mean(p, -1), "lambda")]
+)
+def test_losses_that_do_not_tell_what_scores_are(objective, loss, received):
+    config = make_adv_reg_config(objective=objective, random_init=True)
+    model = regularized(classifier(), config, loss, run_eagerly=True)
+    name = type(OBJECTIVES[objective]()).__name__
+    match = rf"objective {name} compares.*every output needs.*Received: .*{received}"
+    with pytest.raises(ValueError, match=match):
+        model.train_on_batch(X, rows(12, 3))
+
+
+@pytest.mark.parametrize(
+    "loss", [["mse", from_logits()], {"z": "mse", "a": from_logits()}]
+)
+def test_every_output_needs_a_loss_that_tells(loss):
+    config = AdvRegConfig.trades(0.1, iterations=1)
+    model = regularized(named_heads(), config, loss, run_eagerly=True)
+    y = [rows(12, 3), Y % 2]
+    y = y if isinstance(loss, list) else dict(zip("za", y, strict=True))
+    with pytest.raises(ValueError, match=r"every output needs a cross-entropy"):
+        model.train_on_batch(X, y)
+
+
+def test_several_labels_at_once_are_no_classes():
+    config = AdvRegConfig.trades(0.1, iterations=1)
+    model = regularized(classifier(), config, "binary_crossentropy", run_eagerly=True)
+    with pytest.raises(ValueError, match=r"single score.*output of shape \(12, 3\)"):
+        model.train_on_batch(X, np.eye(3)[Y])
+
+
+def test_mart_is_for_one_output():
+    config = AdvRegConfig.mart(0.1, iterations=1)
+    loss = [from_logits(), from_logits()]
+    model = regularized(two_outputs(), config, loss, run_eagerly=True)
+    with pytest.raises(ValueError, match=r"Mart .* one output.*Received: 2 outputs"):
+        model.train_on_batch(X, [Y, Y % 2])
+
+
+def test_values_of_the_fields_are_checked():
+    for make, name in (
+        (lambda v: Mart(v), "beta"),
+        (OBJECTIVES["logit_pairing"], "weight"),
+    ):
+        with pytest.raises(
+            ValueError, match=f"`{name}` must be finite and not negative"
+        ):
+            make(-1.0)
+        with pytest.raises(TypeError, match=f"`{name}` must be a number"):
+            make("5")
+    assert Trades() == Trades() != Mart()
+    assert Mart(2).get_config() == {"beta": 2.0}
