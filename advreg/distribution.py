@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -40,6 +41,14 @@ class ReplicaSeedGenerator(keras.random.SeedGenerator):
             return seed
         replica = ops.cast(context.replica_id_in_sync_group, seed.dtype)
         return seed + ops.stack([replica, ops.zeros_like(replica)])
+
+
+def sum_over_replicas(tensors: Sequence[Any]) -> Sequence[Any]:
+    """Adds up what each replica has found, so that all go the same way."""
+    context = tf.distribute.get_replica_context()
+    if not tensors or context is None or context.num_replicas_in_sync == 1:
+        return tensors
+    return context.all_reduce("SUM", list(tensors))
 
 
 def unscale_loss(loss: Any) -> Any:

@@ -45,9 +45,7 @@ class Output:
         weights = self.sample_weight if weighted else None
         given = _Given(name="given", dtype=values.dtype)
         # As a compiled loss, to which it may be added, whatever the model's dtype.
-        return ops.cast(
-            given(values, self.predictions, weights), keras.config.floatx()
-        )
+        return ops.cast(given(values, self.predictions, weights), keras.config.floatx())
 
     def classes(self) -> Tensor:
         """The true classes as one-hot rows, in the shape and dtype of the logits."""

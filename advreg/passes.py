@@ -13,6 +13,7 @@ from keras import ops, tree
 from advreg.ball import Settings
 from advreg.checks import Schedule
 from advreg.config import NormType
+from advreg.distribution import sum_over_replicas
 from advreg.geometry import Tensor, l2_norm, steepest_direction, widen
 from advreg.movable import movable
 from advreg.objectives import Batch, Objective, Output
@@ -229,10 +230,7 @@ class Step:
 
     @contextlib.contextmanager
     def _moved_weights(self, term: Callable[[], Tensor]) -> Iterator[None]:
-        """Moves the kernels so that a term grows, as far as is configured, and back.
-
-        Each replica moves its own, by the gradient of its own share of the batch.
-        """
+        """Moves the kernels so that a term grows, as far as is configured, and back."""
         gamma = self._at_this_step(self._config.weight_perturbation)
         if _is_zero(gamma):
             yield
@@ -241,7 +239,8 @@ class Step:
         with tf.GradientTape() as tape, keras.StatelessScope():
             scaled = self._scaled(term())
         before = values_of(kernels)
-        gradients = tape.gradient(scaled, kernels)
+        gradients = tape.gradient(scaled, kernels, unconnected_gradients="zero")
+        gradients = sum_over_replicas([tf.convert_to_tensor(g) for g in gradients])
         pairs = zip(before, gradients, strict=True)
         assign(kernels, [_moved(*pair, gamma) for pair in pairs])
         try:
@@ -331,12 +330,10 @@ def _is_zero(value: Any) -> bool:
     return isinstance(value, float) and value == 0.0
 
 
-def _moved(value: Tensor, gradient: Any, gamma: Any) -> Tensor:
+def _moved(value: Tensor, gradient: Tensor, gamma: Any) -> Tensor:
     """Moves a kernel along its gradient, by `gamma` times its own length."""
-    if gradient is None:
-        return value
     rows = widen(ops.reshape(value, (1, -1)))
-    slope = widen(ops.reshape(tf.convert_to_tensor(gradient), (1, -1)))
+    slope = widen(ops.reshape(gradient, (1, -1)))
     slope = ops.where(ops.isfinite(slope), slope, 0.0)
     direction = steepest_direction(slope, NormType.L2)
     gamma = ops.convert_to_tensor(gamma, rows.dtype)

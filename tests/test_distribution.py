@@ -20,7 +20,7 @@ import advreg
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(
     cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-iterations = int(sys.argv[1])
+fields = json.loads(sys.argv[1])
 rng = np.random.default_rng(0)
 x = rng.normal(size=(24, 6)).astype("float32")
 y = rng.integers(0, 3, 24)
@@ -33,8 +33,8 @@ def train(strategy, random_init=False):
             keras.Input((6,)), keras.layers.Dense(8, activation="tanh"),
             keras.layers.Dense(3)])
         config = advreg.make_adv_reg_config(
-            adv_step_size=0.1, adv_grad_norm="l2", pgd_iterations=iterations,
-            pgd_epsilon=0.25, random_init=random_init)
+            adv_step_size=0.1, adv_grad_norm="l2", pgd_epsilon=0.25,
+            random_init=random_init, **fields)
         model = advreg.AdversarialRegularization(base, config)
         model.compile(
             "sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -63,10 +63,19 @@ print(json.dumps([one, two, drawn]))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("iterations", [1, 3])
-def test_two_replicas_train_like_one_and_draw_different_noise(iterations):
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"pgd_iterations": 1},
+        {"pgd_iterations": 3},
+        {"objective": "mart", "pgd_iterations": 2, "weight_perturbation": 0.1},
+        {"clean_weight": 0.0, "pgd_iterations": 2, "weight_perturbation": 0.1},
+    ],
+    ids=str,
+)
+def test_two_replicas_train_like_one_and_draw_different_noise(fields):
     result = subprocess.run(
-        [sys.executable, "-c", TWO_REPLICAS, str(iterations)],
+        [sys.executable, "-c", TWO_REPLICAS, json.dumps(fields)],
         capture_output=True,
         text=True,
     )
