@@ -5,6 +5,7 @@ import pathlib
 import re
 
 import pytest
+from test_nsl_configs import NAMES
 from test_parity import CASES
 
 from advreg import attacks, honesty
@@ -48,3 +49,13 @@ def test_each_case_of_the_grid_is_in_a_row():
         "reduction mean",
         "reduction sum_over_batch_size",
     }
+
+
+def test_the_page_on_migration_names_all_that_nsl_has():
+    page = (TESTS.parent / "docs" / "nsl.md").read_text()
+    named = set(re.findall(r"`nsl\.([\w.]+)`", page))
+    for space, names in NAMES.items():
+        for name in names.replace("-", "").split():
+            path = f"{space}.{name}".strip(".")
+            if path not in {"configs", "keras", "lib", "__version__"}:
+                assert path in named

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import sys
 from typing import Any
 
 import keras
@@ -46,6 +47,10 @@ __getattr__ = absent(
         "make_graph_reg_config": GRAPHS,
     },
 )
+
+configs = sys.modules[__name__]  # NSL's inner module.
+
+_Reduction = tf.compat.v1.losses.Reduction
 
 
 class _Type(enum.Enum):
@@ -129,7 +134,7 @@ class AdvRegConfig(_Assignable, config.AdvRegConfig):
 
     Args:
         multiplier: As of `advreg.AdvRegConfig`.
-        adv_neighbor_config: An `AdvNeighborConfig`, by default one of its own.
+        adv_neighbor_config: An `AdvNeighborConfig`; `None` for one with defaults.
     """
 
     def __init__(
@@ -207,14 +212,17 @@ class DistanceConfig:
     """
 
     distance_type: DistanceType | str = DistanceType.L2
-    reduction: str = tf.compat.v1.losses.Reduction.SUM_BY_NONZERO_WEIGHTS
+    reduction: str = _Reduction.SUM_BY_NONZERO_WEIGHTS
     sum_over_axis: int | None = None
     transform_fn: TransformType | str = TransformType.NONE
 
     def __post_init__(self) -> None:
         self.distance_type = DistanceType(self.distance_type)
         self.transform_fn = TransformType(self.transform_fn)
-        tf.compat.v1.losses.Reduction.validate(self.reduction)
+        if self.reduction not in (reductions := _Reduction.all()):
+            raise ValueError(
+                f"`reduction` must be one of {reductions}. Received: {self.reduction!r}"
+            )
 
 
 @dataclasses.dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,6 +24,8 @@ from advreg.perturbation import to_tensor
 __all__ = ["AdversarialRegularization", "adversarial_loss"]
 
 __getattr__ = absent(__name__, {"GraphRegularization": GRAPHS, "layers": GRAPHS})
+
+adversarial_regularization = sys.modules[__name__]  # NSL's inner module.
 
 # The task that a loss belongs to, where it is not the choice of one class.
 _TASKS = {
@@ -122,22 +125,24 @@ class AdversarialRegularization(model.AdversarialRegularization):
         losses = _losses_per_label(loss, self)
         given = _metrics_per_label(metrics, self)
         of_base = [list(map(_clone, some)) for some in given]
-        make_name = _unique_names(self.label_keys)
-        self._loss_names = list(map(make_name, losses, self.label_keys))
-        named = [
+        resolved = [
             [_resolved(metric, one) for metric in some]
             for some, one in zip(given, losses, strict=True)
         ]
-        for some, label_key in zip(named, self.label_keys, strict=True):
-            for metric in some:
-                metric.name = make_name(metric, label_key)
-        self._metric_names = [[metric.name for metric in some] for some in named]
+        make_name = _unique_names(self.label_keys)
+        self._loss_names = list(map(make_name, losses, self.label_keys))
+        self._metric_names = [
+            make_name(metric, label_key)
+            for some, label_key in zip(resolved, self.label_keys, strict=True)
+            for metric in some
+        ]
         several = len(self.label_keys) > 1
         super().compile(
-            optimizer, loss, loss_weights, named if several else named[0], **kwargs
-        )
-        self._labeled_loss_tracker.name = (
-            "labeled_loss" if several else self._loss_names[0]
+            optimizer,
+            loss,
+            loss_weights,
+            resolved if several else resolved[0],
+            **kwargs,
         )
         self.base_model.compile(
             self.optimizer,
@@ -147,6 +152,12 @@ class AdversarialRegularization(model.AdversarialRegularization):
             **tree.map_structure(_clone, kwargs),
         )
 
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """Compiles the model as one that was saved."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.built:
+            self.optimizer.build(self.trainable_variables)
+
     def make_train_function(self, force: bool = False) -> Any:
         """Makes the function of a step; anew where the configuration has changed."""
         if self._traced_config != self.adv_config:
@@ -154,18 +165,29 @@ class AdversarialRegularization(model.AdversarialRegularization):
             self._traced_config = copy.deepcopy(self.adv_config)
         return super().make_train_function(force)
 
+    def train_step(self, data: Any) -> dict[str, Tensor]:
+        """Takes one step, and reports it under NSL's names."""
+        logs = super().train_step(data)
+        if len(self.label_keys) == 1:
+            del logs["labeled_loss"]  # It is there under the name of the loss.
+        return logs
+
     def get_metrics_result(self) -> dict[str, Tensor]:
         """Returns what the trackers hold, under NSL's names."""
         results = super().get_metrics_result()
-        outputs = getattr(self.base_model, "output_names", None)
-        if len(self.label_keys) == 1 or not outputs:
-            return results
-        names = {}
-        for output, loss, metrics in zip(
-            outputs, self._loss_names, self._metric_names, strict=True
-        ):
-            names[f"{output}_loss"] = loss
-            names.update({f"{output}_{metric}": metric for metric in metrics})
+        if len(self.label_keys) == 1:
+            of_losses = ["labeled_loss"]
+        else:
+            outputs = getattr(self.base_model, "output_names", None) or []
+            of_losses = [f"{output}_loss" for output in outputs]
+        # Weighted metrics, which NSL has not, come last and keep their names.
+        names = dict(
+            zip(
+                [*of_losses, *self._compiled_metric_names()],
+                [*self._loss_names[: len(of_losses)], *self._metric_names],
+                strict=False,
+            )
+        )
         return {names.get(name, name): value for name, value in results.items()}
 
     def perturb_on_batch(self, x: Any, *args: Any, **config_kwargs: Any) -> Any:
@@ -214,6 +236,13 @@ class AdversarialRegularization(model.AdversarialRegularization):
             **kwargs: The same.
         """
         self.base_model.save(filepath, *args, **kwargs)
+
+    def _compiled_metric_names(self) -> list[str]:
+        """The names that Keras gives the compiled metrics, in their order."""
+        compiled = self._compile_metrics
+        return (
+            list(compiled.result()) if compiled is not None and compiled.built else []
+        )
 
     @property
     def _hidden_in_evaluation(self) -> tuple[keras.metrics.Metric, ...]:
@@ -280,6 +309,8 @@ def mend_metrics_names() -> None:
             results = self.get_metrics_result()
         except ValueError:  # It has not run yet.
             return of_keras.fget(self)
+        for tracker in getattr(self, "_hidden_in_evaluation", ()):
+            results.pop(tracker.name, None)
         names = self._flatten_metrics_in_order({name: name for name in results})
         return [names] if isinstance(names, str) else list(names)
 
@@ -358,7 +389,8 @@ def _resolved(metric: Any, loss: Any) -> keras.metrics.Metric:
     metric = keras.metrics.get(metric)
     if isinstance(metric, keras.metrics.Metric):
         return metric
-    return keras.metrics.MeanMetricWrapper(metric)
+    name = getattr(metric, "__name__", type(metric).__name__)
+    return keras.metrics.MeanMetricWrapper(metric, name)
 
 
 def _task(loss: Any) -> str:
