@@ -1115,6 +1115,25 @@ def random_start_of_unknown_batch():
     return wrapped.optimizer.iterations
 
 
+@defect("an example of weight 0, PGD-3: largest movement", lambda: 0.0)
+def example_without_weight():
+    wrapped, batch = wrapped_mlp(weight="weight", pgd_iterations=3)
+    batch["weight"] = floats([[0]] + [[1]] * (BATCH - 1))
+    return np.max(movement(wrapped.perturb_on_batch(batch), batch)[0])
+
+
+@defect("images of type uint8, a step of 1: largest movement", lambda: 1.0)
+def eight_bits():
+    model, features, labels = cnn()
+    wrapped = nsl.keras.AdversarialRegularization(model)
+    wrapped.compile("sgd", classes_loss())
+    images = np.round(255 * features["image"]).astype("uint8")
+    found = wrapped.perturb_on_batch(
+        {"image": images, "label": labels}, adv_step_size=1.0, adv_grad_norm="infinity"
+    )
+    return np.max(np.abs(np.asarray(found["image"], "float32") - images))
+
+
 @defect("examples that perturb_on_batch leaves in a metric", lambda: 0.0)
 def metrics_of_perturbing():
     metric = keras.metrics.MeanAbsoluteError()

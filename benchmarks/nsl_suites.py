@@ -1,11 +1,11 @@
 """Neural Structured Learning's own tests, run on advreg's `nsl`.
 
-Takes the adversarial suites of NSL 1.4.0 from its wheel, which pip downloads, or from `--source`,
-swaps their imports in temporary copies, and runs each by pytest. What they write in the
-words of Keras 2 fails on Keras 3 before it reaches advreg: those suites run once more
-with these words rewritten, and nothing else. Prints how many tests passed, and each
-that failed with the reason that is known for it. The exit status is 1 if another one
-fails, or if one of those passes.
+Takes the adversarial suites of NSL 1.4.0 from its wheel, which pip downloads, or from
+`--source`, swaps their imports in temporary copies, and runs each by pytest. What they
+say in the words of Keras 2 fails on Keras 3 before it reaches advreg: such suites run
+once more with these words rewritten, and nothing else. Prints how many tests passed,
+and each that failed with the reason that is known for it. The exit status is 1 if
+another one fails, or if one of those passes.
 
     python benchmarks/nsl_suites.py [--source DIR]
 """
