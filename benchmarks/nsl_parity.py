@@ -1,6 +1,6 @@
 """What advreg's `nsl` computes beside what Neural Structured Learning 1.4.0 does.
 
-Runs the cases of `nsl_parity_worker.py` on both sides: perturbations, losses, steps of
+Runs the cases of `nsl_cases` on both sides: perturbations, losses, steps of
 training with their logs, and the arithmetic of `nsl.lib`. Prints for each group of
 cases the largest difference of any value, which may be 1e-6; the law of random starts,
 whose values come from other generators; and, for each defect of NSL that is mended,
@@ -90,23 +90,25 @@ def run_both(nsl_python, only):
     settings = {"CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": "3"}
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
-        # `-I` keeps this side's paths from the other.
-        commands = {"nsl": [str(nsl_python), "-I"], "advreg": [sys.executable]}
+        pythons = {"nsl": nsl_python, "advreg": sys.executable}
         running = {}
-        for side, command in commands.items():
+        for side, python in pythons.items():
+            environment = {**os.environ, **settings}
+            if side == "nsl":  # Which must not find advreg.
+                environment.pop("PYTHONPATH", None)
             with open(folder / f"{side}.log", "w") as log:
                 running[side] = subprocess.Popen(
-                    [*command, WORKER, folder / f"{side}.npz", "--only", only],
+                    [python, WORKER, folder / f"{side}.npz", "--only", only],
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    env={**os.environ, **settings},
+                    env=environment,
                 )
         for side, process in running.items():
             if process.wait():
                 for other in running.values():
                     other.kill()
                 sys.exit((folder / f"{side}.log").read_text())
-        found = [load(folder / f"{side}.npz") for side in commands]
+        found = [load(folder / f"{side}.npz") for side in pythons]
     libraries = [next(key[1] for key in side if key[0] == "library") for side in found]
     if libraries != ["neural_structured_learning", "advreg.nsl"]:
         sys.exit(f"Both libraries must have run. Received: {libraries}")
@@ -198,7 +200,6 @@ def defects(theirs, ours):
     for (kind, name, _, part), expected in ours.items():
         if kind != "defect" or part != "expected":
             continue
-        tolerance = ours["defect", name, "", "tolerance"]
         shown, good = [], []
         for side in (theirs, ours):
             value = side.get(("defect", name, "", ""))
@@ -207,7 +208,7 @@ def defects(theirs, ours):
                 shown.append(text if len(text) <= 60 else f"{text[:57]}...")
             else:
                 shown.append(f"{value:.6g}")
-            good.append(value is not None and abs(value - expected) <= tolerance)
+            good.append(value is not None and abs(value - expected) <= TOLERANCE)
         told = "mended" if good == [False, True] else "NOT MENDED"
         yield name, f"{expected:.6g}", shown[1], told, shown[0]
 
