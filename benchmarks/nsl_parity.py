@@ -125,6 +125,8 @@ def distance(theirs, ours):
     """The largest difference of two arrays, infinite if they are not of one kind."""
     if ours is None or (theirs.shape, theirs.dtype) != (ours.shape, ours.dtype):
         return np.inf
+    if theirs.dtype.kind == "U":
+        return 0.0 if np.array_equal(theirs, ours) else np.inf
     if theirs.size == 0:
         return 0.0
     return np.max(np.abs(theirs.astype("float64") - ours.astype("float64")))
@@ -162,7 +164,11 @@ def compare(theirs, ours):
 
 
 def kind_of(value):
-    return "nothing" if value is None else f"{value.dtype} of shape {value.shape}"
+    if value is None:
+        return "nothing"
+    if value.dtype.kind == "U":
+        return str(value)
+    return f"{value.dtype} of shape {value.shape}"
 
 
 def verdict(is_good):

@@ -10,10 +10,10 @@ import re
 import keras
 import numpy as np
 import tensorflow as tf
-from nsl_cases import arithmetic, defects, perturbing, training
+from nsl_cases import arithmetic, defects, names, perturbing, training
 from nsl_cases.common import nsl, use
 
-GROUPS = perturbing.GROUPS | training.GROUPS | arithmetic.GROUPS
+GROUPS = names.GROUPS | perturbing.GROUPS | training.GROUPS | arithmetic.GROUPS
 
 
 def first_line(error):

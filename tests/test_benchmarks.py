@@ -140,6 +140,7 @@ def test_nsl_parity_takes_equal_values_for_equal(ours):
         (case("x", [1.0]), case("x", 1.0), "shape ()"),
         (case("x", [1.0]), case("x", np.float32([1.0])), "float32"),
         (case("x", [1.0]), {}, "nothing in advreg"),
+        (case("x", "l1"), case("x", "l2"), "l1 in NSL, l2 in advreg"),
         (case("x", [1.0]), case("error", "TypeError: no"), "advreg: TypeError: no"),
         (case("error", "no"), case("error", "no"), "NSL: no"),
     ],

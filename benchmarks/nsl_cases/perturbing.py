@@ -23,10 +23,10 @@ GROUPS = Groups()
 # The grid of perturbations.
 
 
-def grid(features, norms=NORMS, iterations=(1, 3, 10)):
+def grid(features, iterations=(1, 3, 10)):
     """Yields a label and the fields of `AdvNeighborConfig`, for each combination."""
     for norm, times, bounded, masked, clipped in itertools.product(
-        norms, iterations, (False, True), (False, True), (False, True)
+        NORMS, iterations, (False, True), (False, True), (False, True)
     ):
         if norm == "l1" and bounded:
             continue  # NSL has no projection to the L1 ball.
@@ -75,7 +75,7 @@ def clips(features, tight):
     return tree_floats(low), tree_floats(high)
 
 
-def neighbor(network, settings, use_while_loop=False):
+def neighbor(network, settings):
     """What `gen_adv_neighbor` makes of the features of a network, in eager code."""
     model, features, labels = network()
     predict, loss_fn, features = predictor(model), classes_loss(), tensors(features)
@@ -90,7 +90,6 @@ def neighbor(network, settings, use_while_loop=False):
         pgd_model_fn=predict,
         pgd_loss_fn=loss_fn,
         pgd_labels=labels,
-        use_while_loop=use_while_loop,
     )
     return {**found, "weights": weights}
 
