@@ -1,4 +1,4 @@
-"""The command line: `advreg demo` and `advreg evaluate`.
+"""The command line: `advreg demo`, `advreg evaluate` and `advreg migrate`.
 
 Each sub-command is a function that adds its parser, and one that runs it.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import os
 import re
 import sys
 import warnings
@@ -19,7 +20,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from advreg import attacks, datasets, demo, plots
+from advreg import attacks, datasets, demo, migrate, plots
 from advreg._version import __version__
 from advreg.attacks.base import check_norm
 from advreg.checks import count
@@ -53,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"advreg {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
-    for add in (_add_demo, _add_evaluate):
+    for add in (_add_demo, _add_evaluate, _add_migrate):
         add(commands)
     return parser
 
@@ -296,6 +297,79 @@ def _run_evaluate(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         print(f"{parser.prog}: error: {_as_options(str(error))}", file=sys.stderr)
         return 1
     return 0
+
+
+def _add_migrate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "migrate",
+        help="move code from Neural Structured Learning to advreg",
+        description="Move Python files and notebooks from Neural Structured Learning "
+        "to advreg.nsl. Print what would change as a diff, and list what needs a "
+        "person. Cells of notebooks are counted from 1, those of text included.",
+    )
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        type=Path,
+        metavar="FILE_OR_FOLDER",
+        help="files that end in .py or .ipynb, and folders to search for them",
+    )
+    parser.add_argument("--write", action="store_true", help="change the files")
+    parser.set_defaults(run=lambda args: _run_migrate(parser, args))
+
+
+def _run_migrate(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    for path in args.paths:
+        if not os.path.isdir(path) and not os.path.isfile(path):
+            parser.error(
+                f"FILE_OR_FOLDER must be a file or folder that exists. Received: {path}"
+            )
+        if os.path.isfile(path) and path.suffix not in migrate.SUFFIXES:
+            parser.error(
+                f"a file must end in {' or '.join(migrate.SUFFIXES)}. Received: {path}"
+            )
+    files, errors = migrate.find(args.paths)
+    places: list[str] = []
+    failures = [f"{error.filename}: {error.strerror}" for error in errors]
+    changed = 0
+    for file in files:
+        try:
+            text, encoding = migrate.read(file)
+            migration = migrate.migrate(file, text)
+            places += [place.at(file) for place in migration.places]
+            failures += [f"{file}, {failure}" for failure in migration.failures]
+            if args.write and migration.after != text:
+                migrate.write(file, migration.after, encoding)
+                _say(f"changed {file}")
+        except ImportError as error:
+            print(f"{parser.prog}: error: {error}", file=sys.stderr)
+            return 1
+        except (OSError, ValueError) as error:
+            failures.append(f"{file}: {getattr(error, 'strerror', None) or error}")
+        else:
+            changed += migration.after != text
+            if not args.write:
+                _say(migrate.diff(migration, file), end="")
+    for line in places:
+        _say(line)
+    for line in failures:
+        _say(f"not done: {line}")
+    _say(
+        f"{_counted(len(files), 'file')} looked at, {changed} "
+        f"{'' if args.write else 'would be '}changed, "
+        f"{_counted(len(places), 'place')} for a person, {len(failures)} not done"
+    )
+    return 1 if failures else 0
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _say(text: str, end: str = "\n") -> None:
+    """Prints what may hold characters that the terminal has not."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), end=end)
 
 
 _ATTACKS: dict[str, type[attacks.Attack]] = {

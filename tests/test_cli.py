@@ -1,4 +1,5 @@
 import dataclasses
+import io
 import json
 import subprocess
 import sys
@@ -205,7 +206,7 @@ def test_import_loads_no_extras():
     )
     loaded = set(process.stdout.split())
     assert "advreg" in loaded
-    assert not loaded & {"matplotlib", "sklearn", "tensorflow_datasets"}
+    assert not loaded & {"matplotlib", "sklearn", "tensorflow_datasets", "libcst"}
 
 
 # advreg evaluate
@@ -451,3 +452,99 @@ def test_a_dataset_that_evaluate_does_not_know(model_file, capsys):
     pytest.importorskip("tensorflow_datasets")
     error = refused(capsys, model_file, "--dataset", "nosuchdata", status=1)
     assert "'nosuchdata'" in error
+
+
+# advreg migrate
+
+
+NSL = "neural_structured_learning"
+
+
+def test_migrate_shows_and_writes(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("libcst")
+    monkeypatch.chdir(tmp_path)
+    old = f"import {NSL} as nsl\r\nx = 'é'\r\nnsl.tools.y\r\n".encode("latin-1")
+    new = b"from advreg import nsl\r\nx = '\xe9'\r\nnsl.tools.y\r\n"
+    cookie = b"# coding: latin-1\r\n"
+    (tmp_path / "a b.py").write_bytes(cookie + old)
+    (tmp_path / "a b.py").chmod(0o640)
+    (tmp_path / "same.py").write_bytes(b"import os")
+    before = (tmp_path / "same.py").stat().st_mtime_ns
+    assert cli.main(["migrate", "."]) == 0
+    diff, _, rest = capsys.readouterr().out.partition("a b.py:4: `nsl.tools.y`: module")
+    assert diff == (
+        "--- a b.py\n+++ a b.py\n@@ -1,4 +1,4 @@\n # coding: latin-1\r\n"
+        f"-import {NSL} as nsl\r\n+from advreg import nsl\r\n x = 'é'\r\n"
+        " nsl.tools.y\r\n"
+    )
+    summary = "2 files looked at, 1 {}changed, {} for a person, 0 not done\n"
+    assert rest.splitlines()[1] + "\n" == summary.format("would be ", "1 place")
+    assert (tmp_path / "a b.py").read_bytes() == cookie + old
+
+    assert cli.main(["migrate", "--write", "a b.py", "."]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("changed a b.py\na b.py:4: ")
+    assert out.endswith(summary.format("", "1 place"))
+    assert (tmp_path / "a b.py").read_bytes() == cookie + new
+    assert (tmp_path / "a b.py").stat().st_mode & 0o777 == 0o640
+
+    assert cli.main(["migrate", ".", "--write"]) == 0
+    assert capsys.readouterr().out == summary.format("", "0 places").replace(
+        "1 c", "0 c"
+    )
+    assert (tmp_path / "a b.py").read_bytes() == cookie + new
+    assert (tmp_path / "same.py").stat().st_mtime_ns == before
+
+
+def test_migrate_says_what_it_could_not_do(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("libcst")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.ipynb").write_text("{")
+    (tmp_path / "loop.py").symlink_to("loop.py")
+    (tmp_path / "old.py").write_text(f"print 'x'\nimport {NSL}\n")
+    (tmp_path / "read.py").write_text(f"import {NSL} as nsl\n")
+    (tmp_path / "read.py").chmod(0o444)
+    (tmp_path / "wrong.py").write_bytes(b"\xff")
+    assert cli.main(["migrate", "--write", "."]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[:2] for line in lines[:-1]] == [
+        ["not done", name]
+        for name in ("loop.py", "broken.ipynb", "old.py", "read.py", "wrong.py")
+    ]
+    assert lines[2].startswith("not done: old.py: line 1: Missing parentheses")
+    assert lines[3] == "not done: read.py: it is read-only"
+    assert lines[-1] == (
+        "4 files looked at, 0 changed, 0 places for a person, 5 not done"
+    )
+
+
+def test_migrate_prints_on_terminals_that_know_fewer_characters(tmp_path, monkeypatch):
+    pytest.importorskip("libcst")
+    path = tmp_path / "ä.py"
+    path.write_text(f"import {NSL} as nsl  # €\n", encoding="utf-8")
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert cli.main(["migrate", str(path)]) == 0
+    out.flush()
+    assert rb"from advreg import nsl  # \u20ac" in out.buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("a.txt", "must end in .py or .ipynb"), ("absent.py", "that exists")],
+)
+def test_migrate_refuses_other_files(name, message, tmp_path, capsys):
+    (tmp_path / "a.txt").touch()
+    with pytest.raises(SystemExit) as raised:
+        cli.main(["migrate", str(tmp_path / name)])
+    assert raised.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert f"Received: {tmp_path / name}" in error
+
+
+def test_migrate_names_its_extra(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.py").write_text(f"import {NSL}\n")
+    monkeypatch.setitem(sys.modules, "libcst", None)
+    assert cli.main(["migrate", str(tmp_path)]) == 1
+    assert "advreg[migrate]" in capsys.readouterr().err

@@ -50,7 +50,7 @@ def test_types_are_shipped():
 
 def test_importing_loads_no_extra():
     # Keras itself loads Matplotlib where it is installed: what advreg adds counts.
-    extras = ("matplotlib", "sklearn", "tensorflow_datasets", "art", "gradio")
+    extras = ("matplotlib", "sklearn", "tensorflow_datasets", "art", "gradio", "libcst")
     code = (
         "import sys, keras, tensorflow; before = set(sys.modules); import advreg\n"
         f"new = set(sys.modules) - before; extras = {extras}\n"
