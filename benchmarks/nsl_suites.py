@@ -1,13 +1,15 @@
 """Neural Structured Learning's own tests, run on advreg's `nsl`.
 
 Takes the adversarial suites of NSL 1.4.0 from its wheel, which pip downloads, or from
-`--source`, swaps their imports in temporary copies, and runs each by pytest. What they
-say in the words of Keras 2 fails on Keras 3 before it reaches advreg: such suites run
+`--source`, moves temporary copies to advreg as `advreg migrate` does, which changes no
+more than their imports, and runs each by pytest. What they say in the words of Keras 2 fails on Keras 3 before it reaches advreg: such suites run
 once more with these words rewritten, and nothing else. Prints how many tests passed,
 and each that failed with the reason that is known for it. The exit status is 1 if
 another one fails, or if one of those passes.
 
     python benchmarks/nsl_suites.py [--source DIR]
+
+It needs pytest, and what `python -m pip install -e ".[migrate]"` brings.
 """
 
 import argparse
@@ -22,6 +24,7 @@ from xml.etree import ElementTree
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+from advreg.migrate import migrate_python
 from advreg.tables import text_table
 
 WHEEL = "neural-structured-learning==1.4.0"
@@ -33,15 +36,6 @@ SUITES = (
     "lib/utils_test.py",
     "lib/regularizer_test.py",
     "lib/distances_test.py",
-)
-# Modules of NSL stand for what advreg has in one: `utils.normalize`.
-IMPORTS = (
-    (rf"^import {PACKAGE}\.(\w+) as (\w+)", r"from advreg.nsl import \1 as \2"),
-    (
-        rf"^from {PACKAGE}\.(\w+) import \w+ as (\w+)",
-        r"from advreg.nsl import \1 as \2",
-    ),
-    (rf"^from {PACKAGE}\.(\w+) import (\w+)$", r"from advreg.nsl import \1 as \2"),
 )
 # What the suites say in Keras 2, and how Keras 3 has it.
 REWRITINGS = (
@@ -156,12 +150,6 @@ def read_source(source):
     return {suite: (package / suite).read_text("utf-8") for suite in SUITES}
 
 
-def replace(text, replacements):
-    for pattern, replacement in replacements:
-        text = re.sub(pattern, replacement, text, flags=re.MULTILINE)
-    return text
-
-
 def run(text, name, folder):
     """Runs a suite in a process of its own, and returns what became of each test."""
     folder.mkdir(parents=True)
@@ -236,8 +224,10 @@ def report(suites, folder):
     rows, known, wrong = [], [], []
     for suite, text in suites.items():
         name = pathlib.PurePath(suite).name
-        swapped = replace(text, IMPORTS)
-        rewritten = replace(swapped, REWRITINGS)
+        swapped = migrate_python(text).after
+        rewritten = swapped
+        for pattern, replacement in REWRITINGS:
+            rewritten = re.sub(pattern, replacement, rewritten)
         runs = [(suite, swapped, EXPECTED)]
         if rewritten != swapped:
             runs.append(("  in the words of Keras 3", rewritten, mended))

@@ -175,23 +175,6 @@ def test_nsl_parity_knows_the_law_of_random_starts(power, told):
     assert verdict == told
 
 
-def test_nsl_suites_swap_imports():
-    suites = script("nsl_suites")
-    before = """
-import neural_structured_learning.configs as configs
-from neural_structured_learning.keras import adversarial_regularization
-from neural_structured_learning.lib import adversarial_neighbor as adv_lib
-"""
-    assert (
-        suites.replace(before, suites.IMPORTS)
-        == """
-from advreg.nsl import configs as configs
-from advreg.nsl import keras as adversarial_regularization
-from advreg.nsl import lib as adv_lib
-"""
-    )
-
-
 # A suite that fails in the words of Keras 2 alone, and one with other results.
 WORDS = """
 def test_words():
