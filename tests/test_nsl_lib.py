@@ -227,6 +227,21 @@ def test_power_iteration_finds_the_direction_that_moves_most(norm):
     np.testing.assert_allclose(np.abs(gradient), np.abs(2 * moved), rtol=1e-3)
 
 
+def test_virtual_adversarial_loss_says_what_it_cannot_do():
+    config = nsl.configs.VirtualAdvConfig()
+    x = tf.ones([2, 3])
+    with pytest.raises(TypeError, match="`input_layer` must be one tensor"):
+        nsl.lib.virtual_adv_regularizer({"x": x}, lambda x: x, config)
+    with pytest.raises(TypeError, match="`input_layer` must be a dense float tensor"):
+        nsl.lib.virtual_adv_regularizer(tf.constant([[1]]), lambda x: x, config)
+    with pytest.raises(ValueError, match="`embedding_fn` must return a tensor that"):
+        nsl.lib.virtual_adv_regularizer(x, tf.zeros_like, config)
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.9)
+    config.adv_neighbor_config.adv_step_size = schedule
+    with pytest.raises(TypeError, match="`adv_step_size` must be a number here"):
+        nsl.lib.virtual_adv_regularizer(x, lambda x: x, config)
+
+
 def test_virtual_adversarial_directions_obey_the_mask():
     config = nsl.configs.VirtualAdvConfig(
         nsl.configs.AdvNeighborConfig(
