@@ -244,7 +244,7 @@ def report(theirs, ours):
         head = ("cases on NSL 1.4.0 and advreg", "number", "largest", "verdict")
         print(text_table(head, rows))
         print(
-            "\nLeft out: L1 with pgd_epsilon, which NSL has not; random starts, drawn "
+            "\nLeft out: L1 with pgd_epsilon, which NSL lacks; random starts, drawn "
             "from other generators;\nand what the table of defects has."
         )
     for line in differences[:20]:
