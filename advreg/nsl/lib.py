@@ -160,7 +160,7 @@ def random_in_norm_ball(
 ) -> Features:
     """Draws each example uniformly from a ball around the origin.
 
-    Draws from Keras's global generator: `keras.utils.set_random_seed` repeats it.
+    Draws from Keras's global generator, which `keras.utils.set_random_seed` sets.
 
     Args:
         tensor_structure: A float tensor, or a structure of them, whose first axis is
