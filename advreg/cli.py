@@ -35,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments, by default those of the process.
 
     Returns:
-        The exit status: 0, or 1 where something that the command needs is not there.
+        The exit status: 0, or 1 where something that the command needs is not there,
+        or its output is no longer read.
 
     Raises:
         SystemExit: An argument is wrong (status 2), or help or the version was asked
@@ -44,8 +45,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     Example:
     >>> main(["demo", "--epochs", "2"])
     """
-    args = _parser().parse_args(argv)
-    return args.run(args)
+    try:
+        try:
+            args = _parser().parse_args(argv)
+            return args.run(args)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # Such as `advreg migrate ... | less` that was quit.
+        # What is left to print goes nowhere, when the process ends.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -287,6 +298,8 @@ def _run_evaluate(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
             args.json.write_text(f"{report.to_json()}\n", encoding="utf-8")
         if args.figure is not None:
             report.plot().figure.savefig(args.figure, dpi=150)
+    except BrokenPipeError:
+        raise  # It is of the output, for `main`.
     except (
         OSError,
         TypeError,
@@ -340,7 +353,6 @@ def _run_migrate(parser: argparse.ArgumentParser, args: argparse.Namespace) -> i
             failures += [f"{file}, {failure}" for failure in migration.failures]
             if args.write and migration.after != text:
                 migrate.write(file, migration.after, encoding)
-                _say(f"changed {file}")
         except ImportError as error:
             print(f"{parser.prog}: error: {error}", file=sys.stderr)
             return 1
@@ -350,6 +362,8 @@ def _run_migrate(parser: argparse.ArgumentParser, args: argparse.Namespace) -> i
             changed += migration.after != text
             if not args.write:
                 _say(migrate.diff(migration, file), end="")
+            elif migration.after != text:
+                _say(f"changed {file}")
     for line in places:
         _say(line)
     for line in failures:
@@ -367,7 +381,7 @@ def _counted(number: int, what: str) -> str:
 
 
 def _say(text: str, end: str = "\n") -> None:
-    """Prints what may hold characters that the terminal has not."""
+    """Prints what may hold characters that the terminal does not have."""
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), end=end)
 

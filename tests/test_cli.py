@@ -1,6 +1,7 @@
 import dataclasses
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -471,7 +472,7 @@ def test_migrate_shows_and_writes(tmp_path, monkeypatch, capsys):
     (tmp_path / "same.py").write_bytes(b"import os")
     before = (tmp_path / "same.py").stat().st_mtime_ns
     assert cli.main(["migrate", "."]) == 0
-    diff, _, rest = capsys.readouterr().out.partition("a b.py:4: `nsl.tools.y`: module")
+    diff, _, rest = capsys.readouterr().out.partition("a b.py:4: `nsl.tools.y`: ")
     assert diff == (
         "--- a b.py\n+++ a b.py\n@@ -1,4 +1,4 @@\n # coding: latin-1\r\n"
         f"-import {NSL} as nsl\r\n+from advreg import nsl\r\n x = 'é'\r\n"
@@ -541,6 +542,22 @@ def test_migrate_refuses_other_files(name, message, tmp_path, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert f"Received: {tmp_path / name}" in error
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["evaluate", "a.keras"], ["migrate", "old.py"]]
+)
+def test_output_that_is_no_longer_read(arguments, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("libcst")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "_load", lambda path: print("x" * 100_000))
+    (tmp_path / "old.py").write_text(f"import {NSL}\n" * 2_000)  # More than a buffer.
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert cli.main(arguments) == 1
+    assert capsys.readouterr().err == ""
 
 
 def test_migrate_names_its_extra(tmp_path, monkeypatch, capsys):

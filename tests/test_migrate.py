@@ -14,10 +14,11 @@ NSL = "neural_structured_learning"
 
 
 def reason(module, name):
-    """What `advreg.nsl` says of a name that it has not."""
+    """What `advreg.nsl` says of a name that it does not have."""
     with pytest.raises(AttributeError) as raised:
         getattr(module, name)
-    return str(raised.value)
+    repeated = f"module {module.__name__!r} has no attribute {name!r}: "
+    return str(raised.value).removeprefix(repeated)
 
 
 def told(migration):
@@ -172,7 +173,7 @@ def test_a_name_that_is_bound_to_something_else_as_well():
     assert "leave out `.utils`" in migration.places[0].why
 
 
-def test_what_advreg_has_not_stays_and_is_listed():
+def test_what_advreg_does_not_have_stays_and_is_listed():
     migration = migrate_python(
         f"from {NSL} import configs, estimator, keras as k\n"
         f"from {NSL}.keras.layers import PairwiseDistance\n"
@@ -231,6 +232,53 @@ def test_what_advreg_has_not_stays_and_is_listed():
     }
     # The second time, nothing is left but what had to stay.
     assert migrate_python(migration.after).after == migration.after
+
+
+def test_reasons_do_not_repeat_what_is_missing():
+    migration = migrate_python(
+        f"import {NSL} as nsl\n"
+        f"from {NSL}.keras import GraphRegularization\n"
+        "nsl.keras.GraphRegularization()\n"
+    )
+    graphs = "graph regularisation is no part of advreg"
+    names = [f"import of `{NSL}.keras.GraphRegularization`", "`nsl.keras.GraphReg"]
+    for place, name in zip(migration.places, names, strict=True):
+        assert place.at("a.py").startswith(f"a.py:{place.line}: {name}")
+        assert f"`: {graphs}" in place.at("a.py")
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("{0}\n{0}.lib.utils\nx = 1\n", "{1}\nx = 1\n"),
+        ("{0}.lib\nx = 1\n# one\n{0}.lib.utils  # two", "{1}\nx = 1\n# one\n# two"),
+        ("{0}\r\n{0}.lib\r\n{0}.keras\r\nx", "{1}\r\nx"),
+        ("{0}\n{0}.lib as lib", "{1}\nfrom advreg.nsl import lib"),
+        ("{0}\nimport os, NSL.lib\n", "{1}\nimport os\n"),
+        ("try:\n  {0}\n  {0}.lib\nfinally:\n  x = 1", "try:\n  {1}\nfinally:\n  x = 1"),
+        # Where something would be lost, both stay.
+        ("{0}\nif x:\n  {0}.lib\n", "{1}\nif x:\n  {1}\n"),
+        ("{0}\ndef f(): {0}.lib\n", "{1}\ndef f(): {1}\n"),
+        ("{0}\n{0}.lib;\nx = 1", "{1}\n{1};\nx = 1"),
+        ("{0}\nx = 1; {0}.lib", "{1}\nx = 1; {1}"),
+        ("{0}\nNSL = 1\n{0}.lib", "{1}\nNSL = 1\n{1}"),
+    ],
+)
+def test_imports_that_come_to_the_same_stand_once(code, expected):
+    before = code.format(f"import {NSL}").replace("NSL", NSL)
+    after = expected.format("", f"from advreg import nsl as {NSL}").replace("NSL", NSL)
+    assert moved(before) == after
+
+
+def test_imports_that_come_to_the_same_stand_once_in_a_cell():
+    cells = [f"import {NSL}\n", f"import {NSL}.lib\n", "x = 1\n", f"import {NSL}.keras"]
+    book = notebook(["!ls\n", *cells], "".join(cells), cells[:1])
+    migration = migrate_notebook(json.dumps(book, indent=1))
+    new = f"from advreg import nsl as {NSL}\n"
+    book["cells"][0]["source"] = ["!ls\n", new, "x = 1"]
+    book["cells"][1]["source"] = f"{new}x = 1"
+    book["cells"][2]["source"] = [new]
+    assert migration.after == json.dumps(book, indent=1)
 
 
 def test_names_that_are_there_but_not_public_are_listed(monkeypatch):
@@ -347,6 +395,114 @@ def test_what_keras_3_has_changed_is_listed():
     ]
 
 
+TRAINER = """
+import keras
+import tensorflow as tf
+
+class Model(keras.Model):
+  def train_step(self, data):
+    loss = self.compiled_loss(y, z, regularization_losses=self.losses)
+    self.optimizer.minimize(loss, self.trainable_variables, tape=tape)
+    self.compiled_metrics.update_state(y, z)
+
+adam = tf.keras.optimizers.Adam()
+adam.minimize(loss, variables)
+old = tf.compat.v1.train.AdamOptimizer(0.1)
+optimizer = tf.compat.v1.train.AdamOptimizer(0.1)
+old.minimize(loss); optimizer.minimize(loss); scipy.optimize.minimize(f, x)
+keras.backend.set_value(model.optimizer.lr, 0.1)
+(self
+  .d_optimizer
+  .lr) = args.lr
+keras.optimizers.SGD().lr
+f(optimizer.minimize, self.optimizer.learning_rate)
+"""
+
+
+def test_what_models_took_of_the_trainer_is_listed():
+    migration = migrate_python(f"import {NSL} as nsl{TRAINER}")
+    assert migration.after == f"from advreg import nsl{TRAINER}"
+    assert told(migration) == [
+        (7, "`self.compiled_loss`"),
+        (8, "`self.optimizer.minimize`"),
+        (9, "`self.compiled_metrics`"),
+        (12, "`adam.minimize`"),
+        (16, "`model.optimizer.lr`"),
+        (17, "`self .d_optimizer .lr`"),
+        (20, "`keras.optimizers.SGD().lr`"),
+    ]
+    for place, new in zip(
+        migration.places,
+        ["compute_loss", "apply_gradients", "compute_metrics", "apply_gradients"]
+        + 3 * ["learning_rate"],
+        strict=True,
+    ):
+        assert new in place.why
+    assert not migrate_python(f"# {NSL}{TRAINER}").places
+
+
+def test_names_in_logs_are_listed():
+    code = (
+        "EarlyStopping(monitor='val_scaled_adversarial_loss')\n"
+        "f('scaled_adversarial_loss', 'of val_scaled_adversarial_loss', 'lr')\n"
+        "logs['lr'], model.fit(x).history[\"lr\"], history.history.get('lr', [])\n"
+        "config['lr'], config.get('lr'), logs['loss'], logs[lr], logs.pop('lr')\n"
+        "{'lr': 1}, logs['lr':], logs.get('loss', 'lr'), get('lr')\n"
+    )
+    migration = migrate_python(f"import {NSL} as nsl\n{code}")
+    assert migration.after == f"from advreg import nsl\n{code}"
+    assert told(migration) == [
+        (2, "`val_scaled_adversarial_loss`"),
+        (4, '"lr" of the logs'),
+        (4, "'lr' of the logs"),
+    ]
+    assert "RobustAccuracy, or monitor val_loss" in migration.places[0].why
+    assert "learning_rate" in migration.places[1].why
+    assert not migrate_python(f"# {NSL}\n{code}").places
+
+
+@pytest.mark.parametrize(
+    ("code", "ending"),
+    [
+        ("ck = os.path.join(out, 'ck-{epoch:02d}'); load_model(ck)", "ck-{epoch:02d}"),
+        ("CK: str = 'best'\ndef f(): load_model(filepath=CK)", "best"),
+        ("a = b = 'best'; c = str(a); load_model(out / c)", "best"),
+        ("name = 'best'; load_model(f'{out}/{name}')", "best"),
+        (r"name = 'models\day'; load_model(name)", r"models\day"),
+        ("CK = 'best.keras'; load_model(CK)", None),
+        ("CK = 'best'; CK = 'best.keras'; load_model(CK)", None),
+        ("CK = 'best'; CK += '.keras'; load_model(CK)", None),
+        ("CK = 'best'\ndef f(CK): load_model(CK)", None),
+        ("CK = 'best'\ndef f():\n  global CK; CK = x\nload_model(CK)", None),
+        ("for CK in ['best']: load_model(CK)", None),
+        ("CK, x = 'best', 1; load_model(CK); load_model(self.CK)", None),
+        ("CK = CK + 'best' if x else CK; load_model(CK)", None),
+        ("a = b; b = a; load_model(a)", None),
+        ("CK: str; load_model(CK); load_model(open); load_model(unknown)", None),
+        ("end = 'keras'; load_model('best.' + end); load_model(f'best.{end}')", None),
+        ("n = 'best'; load_model('%s.keras' % n); load_model(f'{n!r}{n:>9}')", None),
+    ],
+)
+def test_paths_are_followed_through_names_that_are_assigned_once(code, ending):
+    head = f"from keras.models import load_model\nimport {NSL}\n"
+    whats = [place.what for place in migrate_python(f"{head}{code}\n").places]
+    expected = f"`load_model` of a path that ends in {ending!r}"
+    assert whats == ([] if ending is None else [expected])
+
+
+def test_paths_in_names_are_followed_wherever_they_go():
+    migration = migrate_python(
+        f"import keras\nimport {NSL} as nsl\nCK = 'best'\n"
+        "model = nsl.keras.AdversarialRegularization(base)\n"
+        "keras.callbacks.ModelCheckpoint(CK)\nmodel.save(CK); base.save_weights(CK)\n"
+    )
+    assert told(migration) == [
+        (5, "`keras.callbacks.ModelCheckpoint` of a path that ends in 'best'"),
+        (6, "`base.save_weights` of a path that ends in 'best'"),
+        (6, "`model.save` of a path that ends in 'best'"),
+    ]
+
+
 def test_code_without_nsl_is_not_looked_at():
     assert migrate_python(f"{KERAS}(").after == f"{KERAS}("  # It is not even parsed.
     assert not migrate_python(f"# {NSL}{KERAS}").places
@@ -404,7 +560,8 @@ def test_what_is_no_python_is_an_error(code, message):
 def test_installing(line, expected):
     text = json.dumps(notebook(["x = 1\n", line, "\ny = 2"]), indent=1)
     migration = migrate_notebook(text)
-    assert not migration.places
+    assert told(migration) == [(2 + ("\n" in line), "`pip install advreg`")]
+    assert "pip install PATH_TO_CHECKOUT" in migration.places[0].why
     cell = json.loads(migration.after)["cells"][0]
     assert "".join(cell["source"]) == f"x = 1\n{expected}\ny = 2"
 
@@ -432,8 +589,15 @@ def test_other_commands_are_listed(line):
 def test_pins_beside_an_installation_are_listed():
     line = f"!pip install tensorflow==2.15 'keras<3' {NSL} tensorflow-hub==0.1"
     migration = migrate_notebook(json.dumps(notebook(line)))
-    assert told(migration) == [(1, "`tensorflow==2.15`")]
-    assert "tensorflow>=2.18" in migration.places[0].why
+    assert told(migration) == [(1, "`pip install advreg`"), (1, "`tensorflow==2.15`")]
+    assert "tensorflow>=2.18" in migration.places[1].why
+
+
+def test_how_to_install_is_said_once_for_a_notebook():
+    install = f"!pip install {NSL}"
+    migration = migrate_notebook(json.dumps(notebook("x", install, install)))
+    (place,) = migration.places
+    assert place.at("a.ipynb").startswith("a.ipynb, cell 2, line 1: `pip install adv")
 
 
 def test_notebooks():
@@ -461,6 +625,7 @@ def test_notebooks():
     ]
     assert migration.after == json.dumps(book, indent=1).replace("<", "\\u003c") + "\n"
     assert [place.at("a b.ipynb").split(": ")[:2] for place in migration.places] == [
+        ["a b.ipynb, cell 1, line 1", "`pip install advreg`"],
         ["a b.ipynb, cell 7, line 1", "`nsl.keras.layers`"],
         ["a b.ipynb, cell 7, line 2", "`feature_mask=None`"],
     ]

@@ -69,8 +69,6 @@ def test_every_public_name_is_there_or_says_why_not(name):
     names = NAMES[name].split()
     there = [one for one in names if not one.startswith("-")]
     assert set(module(name).__all__) == set(there)
-    for one in there:
-        assert getattr(module(name), one) is not None
     for one in set(names) - set(there):
         with pytest.raises(AttributeError, match=rf"no attribute '{one[1:]}': .{{40}}"):
             getattr(module(name), one[1:])

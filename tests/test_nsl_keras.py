@@ -44,6 +44,8 @@ def test_a_configuration_may_come_second():
     assert model.label_keys == ("label",)
     with pytest.raises(TypeError, match="`adv_config` must come once"):
         nsl.keras.AdversarialRegularization(classifier(), given, adv_config=given)
+    with pytest.raises(TypeError, match="pass that as `adv_config="):
+        nsl.keras.AdversarialRegularization(classifier(), ["label"], given)
 
 
 def test_it_trains_as_advreg_s_own_does():
@@ -95,6 +97,49 @@ def test_logs_carry_the_names_of_nsl(loss):
     }[task]()
     assert results[f"{task}_accuracy"] == pytest.approx(accuracy)
     assert results[name] == pytest.approx(results["loss"])
+
+
+def test_lists_of_results_come_in_the_order_of_nsl():
+    model = wrapped(metrics=("acc", "ce"))
+    names = [
+        "loss",
+        "sparse_categorical_crossentropy",
+        "sparse_categorical_accuracy",
+        "sparse_categorical_crossentropy_2",
+    ]
+    for values, logs in (
+        (model.train_on_batch(DATA), model.train_on_batch),
+        (model.test_on_batch(DATA), model.test_on_batch),
+        (model.evaluate(DATA, verbose=0), model.evaluate),
+    ):
+        assert model.metrics_names == names
+        # What training adds comes last, so that names and values go together.
+        assert len(values) - len(names) == (logs == model.train_on_batch)
+    expected = model.evaluate(DATA, return_dict=True, verbose=0)
+    assert model.evaluate(DATA, verbose=0) == [expected[name] for name in names]
+    model.fit(DATA, verbose=0)
+    assert model.metrics_names == names
+    several = wrapped(two_outputs(), label_keys=["first", "second"])
+    several.evaluate(TWO, verbose=0)
+    assert several.metrics_names == [
+        "loss",
+        "sparse_categorical_crossentropy_first",
+        "sparse_categorical_accuracy_first",
+        "sparse_categorical_crossentropy_second",
+        "sparse_categorical_accuracy_second",
+        "labeled_loss",
+    ]
+
+
+def test_callbacks_know_the_sense_of_metrics_under_nsl_s_names(tmp_path):
+    model = wrapped(two_outputs(), label_keys=["first", "second"])
+    best = keras.callbacks.ModelCheckpoint(
+        tmp_path / "best.keras",
+        monitor="val_sparse_categorical_accuracy_first",
+        save_best_only=True,
+    )
+    model.fit(TWO, validation_data=TWO, epochs=2, verbose=0, callbacks=[best])
+    assert best.best > 0
 
 
 def test_metrics_of_one_s_own_keep_their_names():

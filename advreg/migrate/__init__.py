@@ -240,12 +240,23 @@ def migrate_notebook(text: str) -> Migration:
             failures.append(f"cell {cell.number}, {error}")
         else:
             blocks.append(_Block(cell.text, code, cell))
+    if changes:  # So far of what is installed.
+        cell, start, *_ = changes[0]
+        places.append(
+            Place(
+                len(lines_of(f"{cell.text[:start]}.")),
+                "`pip install advreg`",
+                "until advreg is published on the package index, install it from a "
+                "checkout: `python -m pip install PATH_TO_CHECKOUT`",
+                cell.number,
+            )
+        )
     found_in_code, more_places = _migrated(blocks)
     for block, start, end, new in found_in_code:
         assert block.cell is not None
         changes.append((block.cell, start, end, new))
     after = notebooks.replace(text, changes)
-    ordered = sorted({*places, *more_places}, key=lambda p: (p.cell, p.line))
+    ordered = sorted({*places, *more_places}, key=lambda p: (p.cell, p))
     return Migration(text, after, tuple(ordered), tuple(failures))
 
 
@@ -298,7 +309,7 @@ def _migrated(
         return blocks[index], line - 1 - tops[index]
 
     try:
-        module = Module("".join(block.code for block in blocks))
+        module = Module("".join(block.code for block in blocks), tops)
         module.migrate()
     except RecursionError as error:
         raise ValueError("line 1: what follows is nested too deeply") from error
@@ -308,11 +319,20 @@ def _migrated(
         start = block.offset(line, left)
         end = block.offset(line + last - first, right)
         changes.append((block, start, end, new.replace("\n", block.newline)))
+    for top, bottom in module.dropped:
+        block, line = locate(top)
+        # With the end of the line before, so that what follows keeps its own string in
+        # a notebook.
+        lines = lines_of(block.text)[: line + bottom - top + 1]
+        above = "".join(lines[:line])
+        within = above.removesuffix("\n").removesuffix("\r")
+        text = "".join(lines).removesuffix("\n").removesuffix("\r")
+        changes.append((block, len(within), len(text), ""))
     places = []
     for line, what, why in sorted(set(module.places)):
-        block, within = locate(line)
+        block, at = locate(line)
         cell = None if block.cell is None else block.cell.number
-        places.append(Place(within + 1, what, why, cell))
+        places.append(Place(at + 1, what, why, cell))
     return changes, tuple(places)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 import importlib
 import re
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from advreg._extras import import_extra
@@ -25,7 +27,7 @@ MENTION = re.compile(r"neural[-_.]structured[-_.]learning", re.IGNORECASE)
 
 
 def _missing(path: tuple[str, ...]) -> str | None:
-    """Why advreg has not what stands at a path within NSL; `None` where it has."""
+    """Why advreg does not have what is at a path within NSL; `None` where it does."""
     path = _collapsed(path)
     if not path:
         return None
@@ -47,8 +49,10 @@ def _absence(module: str, name: str) -> str | None:
         why = str(error)
     else:
         why = f"module {module!r} has no public attribute {name!r}"
-    own = why.endswith(f"{name!r}")  # No reason is given where NSL had it for itself.
-    return f"{why}: do without it, or write it yourself" if own else why
+    if why.endswith(f"{name!r}"):  # No reason is given where NSL had it for itself.
+        return f"{why}: do without it, or write it yourself"
+    # What is missing is shown beside the reason.
+    return why.removeprefix(f"module {module!r} has no attribute {name!r}: ")
 
 
 def _collapsed(path: tuple[str, ...]) -> tuple[str, ...]:
@@ -58,7 +62,7 @@ def _collapsed(path: tuple[str, ...]) -> tuple[str, ...]:
     return path
 
 
-# What Keras 3 has not, by the names of TensorFlow 2, with `compat.v1` left out.
+# What Keras 3 does not have, by the names of TensorFlow 2, with `compat.v1` left out.
 _GONE = {
     "tensorflow.feature_column": "Keras 3 takes no feature columns; use preprocessing "
     "layers, or keras.utils.FeatureSpace",
@@ -83,6 +87,21 @@ _ATTRS = {
     for package in ("attr", "attrs")
     for name, new in (("evolve", "replace"), ("asdict", "asdict"))
 }
+# What a model's own steps took of TensorFlow 2's trainer.
+_TRAINER = {
+    "compiled_loss": "Keras 3 keeps it for old code, and warns; call "
+    "self.compute_loss(x, y, y_pred, sample_weight), which adds the layers' own losses",
+    "compiled_metrics": "Keras 3 keeps its update_state for old code, and warns; call "
+    "self.compute_metrics(x, y, y_pred, sample_weight), or update each of self.metrics",
+}
+# And of optimizers.
+_OPTIMIZERS = {
+    "minimize": "Keras 3's optimizers have no minimize; take gradients with a "
+    "tf.GradientTape, and call apply_gradients or apply",
+    "lr": "Keras 3's optimizers have no lr, and to set it changes nothing; use "
+    "learning_rate",
+}
+_ATTACKED_LOG = "val_scaled_adversarial_loss"
 _WRAPPER = ("keras", "AdversarialRegularization")
 _SAVES = "Keras 3 saves to .keras; for a SavedModel call base_model.export"
 _LOADS = "Keras 3 loads .keras and .h5; a SavedModel loads by tf.saved_model.load"
@@ -98,9 +117,10 @@ class Module:
 
     Args:
         code: The module, with `\n` at the ends of its lines.
+        tops: How many lines stand before each cell, where it is made of several.
     """
 
-    def __init__(self, code: str) -> None:
+    def __init__(self, code: str, tops: Sequence[int] = (0,)) -> None:
         cst = import_extra("libcst", "migrate")
         metadata = import_extra("libcst.metadata", "migrate")
         try:
@@ -109,15 +129,22 @@ class Module:
             raise ValueError(f"line {error.raw_line}: {error.message}") from error
         self.cst: Any = cst
         self.lines = code.split("\n")
+        self.tops = tops
         self.positions = wrapper.resolve(metadata.PositionProvider)
         self.parents = wrapper.resolve(metadata.ParentNodeProvider)
         self.scopes = dict.fromkeys(wrapper.resolve(metadata.ScopeProvider).values())
         self.changes: list[tuple[Position, Position, str]] = []
+        # The first and last lines of statements that go, with their lines.
+        self.dropped: list[tuple[int, int]] = []
         self.places: list[tuple[int, str, str]] = []
         # What a name stands for that a statement binds, by statement and name.
         self.bound: dict[tuple[Any, str], tuple[str, ...]] = {}
         # What an expression stands for, where it is a name or an attribute of one.
         self.meanings: dict[Any, tuple[str, ...]] = {}
+        # Who bound a name that is read.
+        self.referents: dict[Any, list[Any]] = {}
+        # The imports that have been written, by the body and cell that they stand in.
+        self.written: dict[tuple[Any, int], set[str]] = {}
 
     def migrate(self) -> None:
         """Collects the changes, and the places for a person."""
@@ -192,7 +219,42 @@ class Module:
                 moved.append((("advreg", "nsl", *_collapsed(path[1:])), name))
         if moved:
             first = [f"import {', '.join(kept)}"] if kept else []
-            self._split(node, [*first, *_from_imports(moved)])
+            self._put(node, [*first, *_from_imports(moved)])
+
+    def _put(self, node: Any, statements: list[str]) -> None:
+        """Puts statements in the place of one, but for those that stand there before.
+
+        `import neural_structured_learning` and another of a module within it come to
+        the same.
+        """
+        (first, left), (last, right) = self._span(node)
+        line = self.parents[node]
+        end = re.match(r"\s*(?=#|$)", self.lines[last - 1][right:])
+        alone = isinstance(line, self.cst.SimpleStatementLine) and len(line.body) == 1
+        if not alone or not end or self._is_rebound(_NSL):
+            self._split(node, statements)
+            return
+        cell = bisect.bisect_right(self.tops, first - 1)
+        written = self.written.setdefault((self.parents[line], cell), set())
+        new = [statement for statement in statements if statement not in written]
+        written.update(new)
+        if new:
+            self._split(node, new)
+        elif self.lines[last - 1][right + end.end() :]:  # Its comment stays.
+            self.changes.append(((first, left), (last, right + end.end()), ""))
+        else:
+            self.dropped.append((first, last))
+
+    def _is_rebound(self, name: str) -> bool:
+        """Whether a name is bound by anything but imports."""
+        imports = (self.cst.Import, self.cst.ImportFrom)
+        return any(
+            not isinstance(getattr(assignment, "node", None), imports)
+            for scope in self.scopes
+            if scope
+            for assignment in scope[name]
+            if assignment.scope is scope
+        )
 
     def _import_from(self, node: Any) -> bool:
         """Moves `from ... import ...`, and says whether it is from NSL."""
@@ -231,7 +293,7 @@ class Module:
         return True
 
     def _moves(self, alias: Any, path: tuple[str, ...]) -> bool:
-        """Whether advreg has what is imported; says so to a person where it has not."""
+        """Whether advreg has what is imported; tells a person where it does not."""
         if path[0] != _NSL:
             return False
         why = _missing(path[1:])
@@ -271,6 +333,7 @@ class Module:
     def _names(self) -> None:
         """Follows names to what they stand for, and changes what NSL had deeper."""
         uses = list(self._uses())
+        self.referents = {root: referents for root, _, referents in uses}
         known = -1
         while known != len(self.bound):  # `lib = nsl.lib` binds a name as well.
             known = len(self.bound)
@@ -435,10 +498,69 @@ class Module:
                     self._place(node, shown, why)
             if name in _ATTRS and not is_import:
                 self._place(node, shown, _ATTRS[name])
+        self._trainer()
+        self._logs()
         calls = self._of("Call")
         wrapped = self._wrapped(calls)
         for call in calls:
             self._call(call, wrapped)
+
+    def _trainer(self) -> None:
+        """Lists what Keras 2's models and optimizers had."""
+        for node in self._of("Attribute"):
+            name = node.attr.value
+            call = self.parents[node]
+            is_called = isinstance(call, self.cst.Call) and call.func is node
+            why = _TRAINER.get(name)
+            if (name == "lr" or (name == "minimize" and is_called)) and (
+                self._is_optimizer(node.value)
+            ):
+                why = _OPTIMIZERS[name]
+            if why is not None:
+                self._place(node, f"`{' '.join(self._text(node).split())}`", why)
+
+    def _is_optimizer(self, node: Any) -> bool:
+        """Whether an expression is one of Keras's optimizers, or is named like one."""
+        value = self._assigned(node) or node
+        if isinstance(value, self.cst.Call):
+            path = _modern(self.meanings.get(value.func, ()))
+            if path.startswith(("tensorflow.keras.optimizers.", "tensorflow.train.")):
+                return path.startswith("tensorflow.keras.")
+        return any("optimizer" in name.lower() for name in self._dotted(node)[-1:])
+
+    def _logs(self) -> None:
+        """Lists what is looked for in logs under the names that it had."""
+        strings = self._of("SimpleString")
+        for node in strings:
+            if node.raw_value == _ATTACKED_LOG:
+                self._place(
+                    node,
+                    f"`{_ATTACKED_LOG}`",
+                    "evaluate runs no attack, and logs none; use "
+                    "advreg.callbacks.RobustAccuracy, or monitor val_loss",
+                )
+        for node in strings:
+            holder = self._holder(node) if node.raw_value == "lr" else None
+            if self._dotted(holder)[-1:] in {("logs",), ("history",)}:
+                self._place(
+                    node, f"{node.value} of the logs", "Keras 3 logs learning_rate"
+                )
+
+    def _holder(self, key: Any) -> Any:
+        """What is asked for a key, in `holder[key]` and in `holder.get(key)`."""
+        parent = self.parents[key]
+        asked = self.parents[parent]
+        if isinstance(parent, self.cst.Index):
+            return self.parents[asked].value
+        if (
+            isinstance(parent, self.cst.Arg)
+            and isinstance(asked, self.cst.Call)
+            and asked.args[0] is parent
+            and isinstance(asked.func, self.cst.Attribute)
+            and asked.func.attr.value == "get"
+        ):
+            return asked.func.value
+        return None
 
     def _wrapped(self, calls: list[Any]) -> set[tuple[str, ...]]:
         """The variables that hold wrapped models and their bases."""
@@ -495,29 +617,52 @@ class Module:
             return
         file = _argument(call, "filepath", 0)
         ending = None if file is None else self._ending(file)
-        if ending is not None and not ending.endswith(endings):
+        if ending is None or any(known.endswith(ending) for known in endings):
+            return  # What is shown may be but the end of the suffix.
+        if not ending.endswith(endings):
             self._place(call, f"{shown} of a path that ends in {ending!r}", why)
 
     def _is_wrapped(self, node: Any, wrapped: set[tuple[str, ...]]) -> bool:
         name = self._dotted(node)
         return name in wrapped or name[-1:] == ("base_model",)
 
-    def _ending(self, node: Any) -> str | None:
+    def _assigned(self, node: Any) -> Any:
+        """What a name is assigned, where that is done once; otherwise `None`."""
+        referents = self.referents.get(node, [])
+        if len(referents) != 1:
+            return None
+        statement = self.parents.get(getattr(referents[0], "node", None))
+        if isinstance(statement, self.cst.AssignTarget):
+            statement = self.parents[statement]
+        if isinstance(statement, (self.cst.Assign, self.cst.AnnAssign)):
+            return statement.value
+        return None
+
+    def _ending(self, node: Any, seen: tuple[Any, ...] = ()) -> str | None:
         """How a path ends, where the code shows it."""
+        last: Any = None
         if isinstance(node, (self.cst.SimpleString, self.cst.ConcatenatedString)):
-            value = node.evaluated_value
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Of odd escapes.
+                value = node.evaluated_value
             return value if isinstance(value, str) else None
-        if isinstance(node, self.cst.FormattedString):
-            text = self.cst.FormattedStringText
-            last = [part.value for part in node.parts[-1:] if isinstance(part, text)]
-            return last[0] if last else None
-        if isinstance(node, self.cst.BinaryOperation):
-            return self._ending(node.right)
-        if isinstance(node, self.cst.Call) and node.args:
+        if isinstance(node, self.cst.FormattedString) and node.parts:
+            last = node.parts[-1]
+            if isinstance(last, self.cst.FormattedStringText):
+                return last.value
+            last = None if last.conversion or last.format_spec else last.expression
+        elif isinstance(node, self.cst.BinaryOperation):
+            joins = isinstance(node.operator, (self.cst.Add, self.cst.Divide))
+            last = node.right if joins else None
+        elif isinstance(node, self.cst.Call) and node.args:
             name = self._dotted(node.func)[-1:]
             if name in {("join",), ("joinpath",), ("Path",), ("str",)}:
-                return self._ending(node.args[-1].value)
-        return None
+                last = node.args[-1].value
+        elif isinstance(node, self.cst.Name):
+            last = self._assigned(node)
+        if last is None or last in seen:
+            return None
+        return self._ending(last, (*seen, last))
 
 
 def _argument(call: Any, name: str, index: int) -> Any:

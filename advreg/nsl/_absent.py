@@ -1,18 +1,18 @@
-"""What Neural Structured Learning has and advreg has not, and where to find it."""
+"""What Neural Structured Learning has and advreg does not, and where to find it."""
 
 from collections.abc import Callable, Mapping
 from typing import NoReturn
 
-GRAPHS = (
-    "graph regularisation is no part of advreg, which is for adversarial learning. NSL "
-    "1.4.0 still runs, in an environment of its own with Python 3.11, TensorFlow 2.15 "
-    "and numpy < 2"
+_STILL_RUNS = (
+    "is no part of advreg, which is for adversarial learning. NSL 1.4.0 still runs, in "
+    "an environment of its own with Python 3.11, TensorFlow 2.15 and numpy < 2"
 )
+GRAPHS = f"graph regularisation {_STILL_RUNS}"
+FUSION = f"multimodal fusion {_STILL_RUNS}"
 ESTIMATORS = (
     "TensorFlow 2.16 and later have no Estimators. Build the network as a Keras model "
     "and wrap it: `nsl.keras.AdversarialRegularization(model, ...)`"
 )
-FUSION = "multimodal fusion is no part of advreg, which is for adversarial learning"
 
 
 def absent(module: str, reasons: Mapping[str, str]) -> Callable[[str], NoReturn]:
@@ -21,7 +21,7 @@ def absent(module: str, reasons: Mapping[str, str]) -> Callable[[str], NoReturn]
     Args:
         module: Name of the module.
         reasons: For each name that Neural Structured Learning has there, why advreg
-            has it not, and where to go.
+            does not have it, and where to go.
     """
 
     def look_up(name: str) -> NoReturn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -91,6 +92,12 @@ class AdversarialRegularization(model.AdversarialRegularization):
                 )
             adv_config = label_keys
             label_keys = ("label",)
+        if isinstance(sample_weight_key, AdvRegConfig):
+            raise TypeError(
+                "`sample_weight_key` must be a string or `None`, and comes before the "
+                "configuration: pass that as `adv_config=...`. Received: "
+                f"{show(sample_weight_key)}"
+            )
         super().__init__(
             base_model,
             adv_config,
@@ -132,10 +139,17 @@ class AdversarialRegularization(model.AdversarialRegularization):
         make_name = _unique_names(self.label_keys)
         self._loss_names = list(map(make_name, losses, self.label_keys))
         self._metric_names = [
-            make_name(metric, label_key)
+            [make_name(metric, label_key) for metric in some]
             for some, label_key in zip(resolved, self.label_keys, strict=True)
-            for metric in some
         ]
+        # Callbacks look for what they monitor among the metrics, by name.
+        for metric, name in zip(
+            itertools.chain(*resolved),
+            itertools.chain(*self._metric_names),
+            strict=True,
+        ):
+            if not any(metric is one for one in tree.flatten(given)):
+                metric.name = name
         several = len(self.label_keys) > 1
         super().compile(
             optimizer,
@@ -181,11 +195,14 @@ class AdversarialRegularization(model.AdversarialRegularization):
         else:
             outputs = getattr(self.base_model, "output_names", None) or []
             of_losses = [f"{output}_loss" for output in outputs]
-        # Weighted metrics, which NSL has not, come last and keep their names.
+        # Weighted metrics, which NSL does not have, come last and keep their names.
         names = dict(
             zip(
                 [*of_losses, *self._compiled_metric_names()],
-                [*self._loss_names[: len(of_losses)], *self._metric_names],
+                [
+                    *self._loss_names[: len(of_losses)],
+                    *itertools.chain(*self._metric_names),
+                ],
                 strict=False,
             )
         )
@@ -238,6 +255,16 @@ class AdversarialRegularization(model.AdversarialRegularization):
         """
         self.base_model.save(filepath, *args, **kwargs)
 
+    def _flatten_metrics_in_order(self, logs: dict[str, Any]) -> Any:
+        """Lists results as NSL does: each loss before the metrics of its output."""
+        first = ["loss"]
+        for loss, metrics in zip(self._loss_names, self._metric_names, strict=True):
+            first += [loss, *metrics]
+        last = [self._adversarial_loss_tracker.name]
+        rest = [name for name in logs if name not in {*first, *last}]
+        values = [logs[name] for name in [*first, *rest, *last] if name in logs]
+        return values[0] if len(values) == 1 else values
+
     def _compiled_metric_names(self) -> list[str]:
         """The names that Keras gives the compiled metrics, in their order."""
         compiled = self._compile_metrics
@@ -264,10 +291,11 @@ def adversarial_loss(
 ) -> Tensor:
     """Computes the loss at adversarially perturbed features, for custom loops.
 
-    It is `advreg.adversarial_loss`, but always calls `loss_fn` with three arguments,
+    It is `advreg.adversarial_loss`, but for `loss_fn`: a `keras.losses.Loss`, or a
+    function `(labels, predictions, sample_weight)`, which always gets three arguments,
     the last of them `sample_weights`, `None` or not.
 
-    Args: as those of `advreg.adversarial_loss`.
+    Args: as those of `advreg.adversarial_loss` otherwise.
 
     Returns:
         The loss at the perturbed features, as `loss_fn` gives it.
@@ -308,7 +336,7 @@ def mend_metrics_names() -> None:
     def metrics_names(self: keras.Model) -> list[str]:
         try:
             results = self.get_metrics_result()
-        except ValueError:  # It has not run yet.
+        except Exception:  # Any: what was never asked for a result may fail to give it.
             return of_keras.fget(self)
         for tracker in getattr(self, "_hidden_in_evaluation", ()):
             results.pop(tracker.name, None)

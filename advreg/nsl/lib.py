@@ -12,6 +12,7 @@ import tensorflow as tf
 from keras import ops, tree
 
 from advreg import geometry, perturbation
+from advreg.checks import Schedule, show
 from advreg.config import AdvNeighborConfig, NormType
 from advreg.geometry import Tensor
 from advreg.nsl._absent import GRAPHS, absent
@@ -27,7 +28,7 @@ from advreg.nsl.configs import (
     DecayType,
     VirtualAdvConfig,
 )
-from advreg.packing import Features, NothingMovesError, Packing
+from advreg.packing import Features, NothingMovesError, Packing, describe
 from advreg.perturbation import to_tensor
 
 __all__ = [
@@ -159,7 +160,7 @@ def random_in_norm_ball(
 ) -> Features:
     """Draws each example uniformly from a ball around the origin.
 
-    Draws from Keras's global generator: `keras.utils.set_random_seed` repeats it.
+    Draws from Keras's global generator, which `keras.utils.set_random_seed` sets.
 
     Args:
         tensor_structure: A float tensor, or a structure of them, whose first axis is
@@ -324,7 +325,19 @@ def virtual_adv_regularizer(
     Returns:
         The distance, a scalar unless the reduction says otherwise. Its gradient goes
         through the neighbour alone.
+
+    Raises:
+        TypeError: `input_layer` is not one float tensor, or the step is a schedule.
+        ValueError: The embedding does not depend on the input.
     """
+    input_layer = _one_float_tensor(input_layer)
+    step = virtual_adv_config.adv_neighbor_config.adv_step_size
+    if isinstance(step, Schedule):
+        raise TypeError(
+            "`adv_step_size` must be a number here: there is no optimizer to count "
+            "steps. Pass `float(schedule(optimizer.iterations))`. Received: "
+            f"{show(step)}"
+        )
     if embedding is None:
         embedding = embedding_fn(input_layer)
     direction = tf.random.normal(tf.shape(input_layer), dtype=input_layer.dtype)
@@ -359,8 +372,29 @@ def _virtual_adv_regularizer(
             moved = virtual_adv_config.approx_difference * direction
             tape.watch(moved)
             loss = distance(embedding, moved)
-        direction = tf.stop_gradient(unit(tape.gradient(loss, moved)))
+        gradient = tape.gradient(loss, moved)
+        if gradient is None:
+            raise ValueError(
+                "`embedding_fn` must return a tensor that depends on its input by "
+                "operations that have a gradient."
+            )
+        direction = tf.stop_gradient(unit(gradient))
     return distance(tf.stop_gradient(embedding), config.adv_step_size * direction)
+
+
+def _one_float_tensor(value: Any) -> Tensor:
+    """Makes a tensor of what is to be embedded."""
+    if tree.is_nested(value):
+        raise TypeError(
+            "`input_layer` must be one tensor: concatenate features, or perturb one "
+            f"and let `embedding_fn` add the others. Received: {describe(value)}"
+        )
+    tensor = to_tensor(value)
+    if not (isinstance(tensor, tf.Tensor) and tensor.dtype.is_floating):
+        raise TypeError(
+            f"`input_layer` must be a dense float tensor. Received: {describe(value)}"
+        )
+    return tensor
 
 
 def _on_rows(function: Callable[[Tensor], Tensor], tensors: Features) -> Features:
