@@ -45,23 +45,24 @@ def config_of(name, **fields):
     return make_adv_reg_config(1.0, objective=name, **fields)
 
 
-class Counting(keras.Model):
-    """Counts the calls of a network, in eager mode."""
+class Counting(layers.Layer):
+    """Counts how often it is run, where its output is used."""
 
     def __init__(self):
         super().__init__()
-        self.network, self.calls = classifier(), 0
+        self.times = 0
 
-    def call(self, inputs, training=False):
-        self.calls += 1
-        return self.network(inputs)
+    def count(self, values):
+        self.times += 1
+        return values
 
+    def call(self, inputs):
+        same = tf.numpy_function(self.count, [inputs], inputs.dtype, stateful=False)
+        same.set_shape(inputs.shape)
+        return inputs + tf.stop_gradient(same - inputs)
 
-def passes(config):
-    """How often a step runs the network."""
-    model = regularized(Counting(), config, run_eagerly=True)
-    model.train_on_batch(X, Y)
-    return model.base_model.calls
+    def compute_output_spec(self, inputs):
+        return keras.KerasTensor(inputs.shape, inputs.dtype)
 
 
 # --- How many passes there are
@@ -77,20 +78,28 @@ def passes(config):
         (AdvRegConfig.fast(0.1), 3),
         (AdvRegConfig.pgd(0.1, 3), 5),
         (AdvRegConfig.fgsm(0.1, clean_weight=0.0), 2),
+        (AdvRegConfig.fast(0.1, clean_weight=0.0), 2),
+        (AdvRegConfig.pgd(0.1, 3, clean_weight=0.0), 4),
+        (make_adv_reg_config(objective="mart"), 3),
+        (make_adv_reg_config(objective="mart", clean_weight=0.0), 3),
+        (AdvRegConfig.trades(0.1, iterations=3), 5),
+        (AdvRegConfig.virtual_adversarial(0.1), 3),
         (AdvRegConfig.fgsm(0.1, weight_perturbation=0.0), 2),
         (AdvRegConfig.fgsm(0.1, weight_perturbation=0.1), 3),
         (AdvRegConfig.fgsm(0.1, clean_weight=0.0, weight_perturbation=0.1), 3),
-        (make_adv_reg_config(objective="mart"), 3),
-        (make_adv_reg_config(objective="mart", clean_weight=0.0), 3),
-        # In eager mode a random start pays for a pass that tells what can move.
-        (AdvRegConfig.pgd(0.1, 3, clean_weight=0.0), 5),
-        (AdvRegConfig.trades(0.1, iterations=3), 6),
-        (AdvRegConfig.trades(0.1, iterations=3, weight_perturbation=0.1), 9),
+        (AdvRegConfig.trades(0.1, iterations=3, weight_perturbation=0.1), 8),
     ],
     ids=lambda value: None if isinstance(value, int) else "config",
 )
 def test_no_pass_is_run_that_is_not_needed(config, expected):
-    assert passes(config) == expected
+    counting = Counting()
+    stack = [layers.Dense(5), counting, layers.Dense(3)]
+    base = keras.Sequential([keras.Input((6,)), *stack])
+    model = regularized(base, config, jit_compile=False)
+    model.train_on_batch(X, Y)
+    counting.times = 0
+    model.train_on_batch(X, Y)
+    assert counting.times == expected
 
 
 # --- Weight perturbation
