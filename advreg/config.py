@@ -205,8 +205,8 @@ class AdvNeighborConfig(_Config):
             if not random_init:
                 raise ValueError(
                     "`init_radius` is the radius of a random start: set "
-                    f"`random_init=True`. Received: init_radius={self.init_radius!r} "
-                    "and random_init=False"
+                    "`random_init=True`, or `init_radius=None`. Received: "
+                    f"init_radius={self.init_radius!r} and random_init=False"
                 )
         for name, value in checked.items():
             object.__setattr__(self, name, value)
@@ -237,7 +237,9 @@ class AdvRegConfig(Presets, _Config):
             before its gradient is taken, relative to the norm of each kernel: a
             non-negative number or a `LearningRateSchedule`, the γ of adversarial
             weight perturbation ([Wu et al., 2020](https://arxiv.org/abs/2004.05884),
-            who take 0.005 to 0.01). The number 0 costs nothing.
+            who take 0.005 to 0.01). Where the objective looks at clean predictions,
+            the gradient of the clean term is taken there, too. The number 0 costs
+            nothing.
 
     Raises:
         TypeError: A field has the wrong type.

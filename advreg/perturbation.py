@@ -20,6 +20,7 @@ from advreg.ball import Ball, Settings
 from advreg.config import AdvNeighborConfig, AdvRegConfig, check_adv_config
 from advreg.geometry import Tensor
 from advreg.movable import movable
+from advreg.objectives import LabeledLoss
 from advreg.packing import Features, Gradients, NothingMovesError, describe
 
 
@@ -289,8 +290,9 @@ def adversarial_loss(
         loss_fn: Callable `(labels, predictions)`, and a third argument where
             `sample_weights` are given, such as a `keras.losses.Loss`.
         sample_weights: Weights of the examples, as `loss_fn` takes them.
-        adv_config: An `AdvRegConfig`, by default `AdvRegConfig()`. Its multiplier is
-            the caller's to apply: `multiplier(optimizer.iterations)` if a schedule.
+        adv_config: An `AdvRegConfig`, by default `AdvRegConfig()`, whose objective is
+            the labelled loss. Weights are the caller's to apply, and to perturb:
+            `multiplier(optimizer.iterations)` if a schedule.
         predictions: `model(features)`, where it is known already.
         labeled_loss: `loss_fn(labels, model(features))`, where it is known already.
         gradient_tape: The `tf.GradientTape` that watched `features` while these were
@@ -302,7 +304,8 @@ def adversarial_loss(
 
     Raises:
         TypeError: `adv_config` is not an `AdvRegConfig`, or `loss_fn` not callable.
-        ValueError: There is no gradient to follow, or a mask or range does not fit.
+        ValueError: There is no gradient to follow, a mask or range does not fit, or
+            the objective is another one.
 
     Example:
     >>> with tf.GradientTape() as tape:
@@ -315,6 +318,12 @@ def adversarial_loss(
     >>> gradients = tape.gradient(loss, model.trainable_variables)
     """
     adv_config = check_adv_config(adv_config)
+    if adv_config.objective != LabeledLoss():
+        raise ValueError(
+            "`adv_config` must have the objective 'labeled_loss' in a custom loop: "
+            "`AdversarialRegularization` trains with the others. Received: objective="
+            f"{adv_config.objective!r}"
+        )
     if not callable(loss_fn):
         raise TypeError(
             "`loss_fn` must be callable, such as a `keras.losses.Loss`; "

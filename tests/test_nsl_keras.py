@@ -299,6 +299,29 @@ def test_what_is_assigned_takes_effect_with_the_next_fit():
     assert scaled() > 2.1 * before
 
 
+@pytest.mark.parametrize("run_eagerly", [False, True])
+def test_what_advreg_adds_can_be_assigned_too(run_eagerly):
+    model = wrapped()
+    metrics = ["accuracy"]
+    model.compile("sgd", cross_entropy(), metrics, run_eagerly=run_eagerly)
+    model.adv_config.clean_weight = 0.0
+    accuracy = "sparse_categorical_accuracy"
+    assert set(model.fit(DATA, verbose=0).history) == {
+        "loss",
+        "scaled_adversarial_loss",
+        f"adversarial_{accuracy}",
+    }
+    model.adv_config.objective = "logit_pairing"
+    assert set(model.fit(DATA, verbose=0).history) == {
+        "loss",
+        "scaled_adversarial_loss",
+        "sparse_categorical_crossentropy",
+        accuracy,
+    }
+    with pytest.raises(ValueError, match="`random_init` must be set for Trades"):
+        model.adv_config.objective = "trades"
+
+
 def test_save_keeps_the_base_alone(tmp_path):
     model = wrapped()
     checkpoint = keras.callbacks.ModelCheckpoint(tmp_path / "last.keras")

@@ -250,14 +250,15 @@ class Spy(layers.Layer):
         self.seen.append(inputs.numpy())
         return inputs
 
+    def compute_output_spec(self, inputs):
+        return keras.KerasTensor(inputs.shape, inputs.dtype)
+
 
 @pytest.mark.parametrize("name", TERMS)
 def test_examples_of_weight_0_move_only_where_they_count(name):
-    spy = Spy(dtype="float64", name="spy")
+    spy = Spy(dtype="float64")
     inputs = keras.Input((WIDTH,), dtype="float64")
-    hidden = layers.Dense(5, "tanh", dtype="float64")
-    network = keras.Sequential([inputs, hidden, layers.Dense(3, dtype="float64")])
-    base = SpiedOn(spy, network)
+    base = keras.Sequential([inputs, spy, layers.Dense(3, dtype="float64")])
     config = Recipe(name, START).config()
     model = regularized(
         base, make_adv_reg_config(**config), exact_cross_entropy(), run_eagerly=True
@@ -268,15 +269,6 @@ def test_examples_of_weight_0_move_only_where_they_count(name):
     np.testing.assert_array_equal(
         moved, True if name == "virtual_adversarial" else WEIGHTS != 0
     )
-
-
-class SpiedOn(keras.Model):
-    def __init__(self, spy, network):
-        super().__init__()
-        self.spy, self.network = spy, network
-
-    def call(self, inputs, training=False):
-        return self.network(self.spy(inputs))
 
 
 def test_class_weights_are_sample_weights():
@@ -385,17 +377,25 @@ def test_padding_of_sequences_neither_moves_nor_counts(name, weighted, monkeypat
     assert_same(got, expected)
 
 
-def test_images_of_bytes(monkeypatch):
-    stack = [layers.Rescaling(1 / 255), layers.Flatten(), layers.Dense(3)]
-    base = keras.Sequential([keras.Input((4, 4, 1)), *stack])
-    config = AdvRegConfig.trades(10.0, iterations=2, clip_value_min=0.0)
+@pytest.mark.parametrize("name", TERMS)
+def test_images_of_bytes(name):
+    spy = Spy()
+    stack = [layers.Rescaling(1 / 255), spy, layers.Flatten(), layers.Dense(3)]
+    base = keras.Sequential([keras.Input((4, 4, 1), dtype="uint8"), *stack])
+    config = make_adv_reg_config(
+        1.0,
+        objective=name,
+        adv_step_size=0.3,
+        adv_grad_norm="linf",
+        random_init=True,
+        weight_perturbation=0.1,
+    )
     model = regularized(base, config, run_eagerly=True)
-    received = record(base, monkeypatch)
     images = np.random.default_rng(0).integers(0, 256, (12, 4, 4, 1), "uint8")
     model.train_on_batch(images, Y)
-    assert {x.dtype for x in received} == {np.dtype("float32")}
-    moved = np.abs(received[-1] - images).max()
-    assert 5 < moved <= 10
+    moved = 255 * spy.seen[-1] - images
+    # A byte would have lost it.
+    assert 0.1 < np.abs(moved).max() < 0.7
 
 
 # --- Half precision, and scores that saturate
@@ -427,6 +427,27 @@ def test_half_precision(name, activation):
     assert all(np.isfinite(w).all() for w in model.get_weights())
     # Probabilities in half precision make the first scale of the loss too large.
     assert int(model.optimizer.iterations) >= 3
+
+
+@pytest.mark.parametrize("clean_weight", [0.0, 1.0])
+def test_attacks_take_the_gradient_of_the_scaled_loss(clean_weight, monkeypatch):
+    """In half precision the gradient of this loss underflows unless it is scaled."""
+    moved = []
+    for weight in (1.0, 1e-7):
+        keras.utils.set_random_seed(0)
+        last = layers.Dense(3, dtype="mixed_float16")
+        base = keras.Sequential([keras.Input((6,)), layers.Dense(4, "tanh"), last])
+        config = make_adv_reg_config(
+            1.0, clean_weight=clean_weight, adv_step_size=0.2, pgd_iterations=2
+        )
+        optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD())
+        scaled = {"loss_weights": [weight], "run_eagerly": True}
+        model = regularized(base, config, optimizer=optimizer, **scaled)
+        received = record(base, monkeypatch)
+        model.train_on_batch(X, Y)
+        moved.append(received[-1] - X)
+    assert np.linalg.norm(moved[0], axis=1).min() > 0.3
+    np.testing.assert_allclose(moved[1], moved[0], atol=0.05)
 
 
 @pytest.mark.parametrize(
@@ -490,6 +511,51 @@ def test_an_attack_of_one_s_own_is_followed_from_the_first_step(
     received = record(base, monkeypatch)
     model.train_on_batch(X, Y)
     np.testing.assert_allclose(received[-1], expected, atol=1e-6)
+
+
+class Looking(advreg.Objective):
+    """Keeps what it may look at, in eager mode."""
+
+    seen = None
+
+    def attack(self, batch):
+        self.seen["attack"] = batch.outputs
+        return batch.labeled_loss
+
+    def loss(self, batch):
+        self.seen["loss"] = batch.outputs
+        return batch.labeled_loss
+
+
+def test_what_an_objective_may_look_at():
+    """Logits behind saturated probabilities, for the attack as well; labels by name."""
+    inputs = keras.Input((6,))
+    heads = [
+        layers.Dense(3, "softmax", name="z")(inputs),
+        layers.Dense(1, "sigmoid", name="a")(inputs),
+    ]
+    base = keras.Model(inputs, heads)
+    kernels = [200 * w for w in base.get_weights()]
+    base.set_weights(kernels)
+    objective = Looking()
+    objective.seen = {}
+    loss = {"z": "sparse_categorical_crossentropy", "a": "binary_crossentropy"}
+    y = {"z": Y, "a": Y % 2}
+    config = make_adv_reg_config(objective=objective)
+    model = regularized(base, config, loss, run_eagerly=True)
+    model.train_on_batch(X, y)
+    for outputs in objective.seen.values():
+        first, second = outputs
+        np.testing.assert_array_equal(first.labels, Y)
+        np.testing.assert_array_equal(np.ravel(second.labels), Y % 2)
+        np.testing.assert_allclose(first.clean_logits, X @ kernels[0], rtol=1e-3)
+        np.testing.assert_allclose(
+            second.clean_logits[:, 1:], X @ kernels[2], rtol=1e-3, atol=1e-3
+        )
+        assert first.clean_logits.shape == first.adversarial_logits.shape
+        assert first.sample_weight is None
+        assert np.abs(first.clean_logits).max() > 200
+        np.testing.assert_allclose(first.predictions.numpy().sum(-1), 1, rtol=1e-5)
 
 
 def test_an_objective_without_a_loss():

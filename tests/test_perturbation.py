@@ -11,6 +11,7 @@ from oracle import NORMS, LinearRegression, attack, norms
 
 from advreg import (
     AdvNeighborConfig,
+    AdvRegConfig,
     adversarial_loss,
     gen_adv_neighbor,
     make_adv_reg_config,
@@ -541,6 +542,9 @@ def test_errors_of_custom_loops():
         adversarial_loss(x, y, model, loss_fn, adv_config=config)
     with pytest.raises(TypeError, match=r"`config` must be an `AdvNeighborConfig`"):
         gen_adv_neighbor(x, loss, make_adv_reg_config())
+    other = AdvRegConfig.trades(0.1)
+    with pytest.raises(ValueError, match=r"the objective 'labeled_loss'.*Trades\(\)"):
+        adversarial_loss(x, y, model, loss_fn, adv_config=other)
     with pytest.raises(TypeError, match=r"`loss_fn` must be callable.*'mse'"):
         adversarial_loss(x, y, model, "mse")
     with tf.GradientTape() as tape:
