@@ -46,7 +46,8 @@ class Scaled(Schedule):
             raise TypeError(
                 f"`schedule` must be a `LearningRateSchedule`. Received: {described!r}"
             )
-        return cls(kind.from_config(described["config"]), config["factor"])
+        schedule = kind.from_config(described["config"])  # type: ignore[attr-defined]
+        return cls(schedule, config["factor"])
 
 
 def times(factor: float, value: Number) -> Number:

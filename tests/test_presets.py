@@ -153,7 +153,6 @@ def test_a_random_start_can_be_taken_back():
         ("0.1", TypeError),
         (True, TypeError),
         (None, TypeError),
-        (keras.optimizers.schedules.ExponentialDecay(0.1, 9, 0.9), TypeError),
     ],
 )
 def test_a_wrong_radius_is_refused(name, epsilon, error):
