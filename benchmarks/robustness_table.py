@@ -6,8 +6,8 @@ out, and no test image is looked at before the end. Each row is measured on the 
 1,000 test images, white-box: PGD-40 with 5 restarts, and AutoAttack.
 
     python benchmarks/robustness_table.py [--only fast@0.3 ...] [--seeds 0 1 2]
-    python benchmarks/robustness_table.py --judge art --only trades@0.3 --seeds 0
-    python benchmarks/robustness_table.py --print
+    python benchmarks/robustness_table.py --print     # what is there
+    python benchmarks/robustness_table.py --held-out  # to choose by, kept nowhere
 
 All of it takes hours on two cores. Every finished row is kept in
 `benchmarks/robustness_table.json`, and a run goes on where the last one stopped.
@@ -178,7 +178,18 @@ def main():
             if not args.held_out:
                 kept.append(row)
                 RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
-    print(kept)
+    head = ("preset", "epsilon", "seed", "clean", "PGD-40", "AutoAttack", "minutes")
+    rows = [
+        (
+            row["preset"],
+            f"{row['epsilon']:g}",
+            str(row["seed"]),
+            *(f"{100 * row[name]:.1f}" for name in ("clean", "PGD-40", "AutoAttack")),
+            f"{row['seconds'] / 60:.1f}",
+        )
+        for row in kept
+    ]
+    print(text_table(head, rows))
 
 
 if __name__ == "__main__":
