@@ -30,6 +30,7 @@ import advreg
 from advreg import AdvRegConfig, datasets
 from advreg.attacks import PGD, AutoAttack
 from advreg.demo import mnist_network
+from advreg.tables import text_table
 
 RESULTS = Path(__file__).with_suffix(".json")
 BATCH, TRAINING, TESTED = 128, 55_000, 1_000
