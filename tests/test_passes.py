@@ -131,8 +131,16 @@ def test_moved_weights_and_sample_weights(name, fixed_start):
 
 
 @pytest.mark.parametrize(
-    ("name", "clean_weight"),
-    [("labeled_loss", 0.0), ("labeled_loss", 1.0), ("trades", 1.0)],
+    ("name", "clean_weight", "mode"),
+    [
+        ("labeled_loss", 0.0, "function"),
+        ("labeled_loss", 1.0, "eager"),
+        ("labeled_loss", 1.0, "function"),
+        ("trades", 1.0, "eager"),
+        ("trades", 1.0, "function"),
+        ("trades", 1.0, "jit"),
+    ],
+    indirect=["mode"],
 )
 def test_weights_come_back_exactly(name, clean_weight, mode):
     config = config_of(name, clean_weight=clean_weight, weight_perturbation=0.2)
@@ -385,10 +393,9 @@ def test_random_states_do_not_depend_on_the_iterations(name, gamma):
     np.testing.assert_array_equal(states[0], fresh.seed_generator.state)
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.1])
 @pytest.mark.parametrize(
-    ("name", "clean_weight"),
-    [("labeled_loss", 0.0), ("labeled_loss", 1.0), ("trades", 1.0)],
+    ("name", "clean_weight", "gamma"),
+    [("labeled_loss", 0.0, 0.0), ("labeled_loss", 0.0, 0.1), ("trades", 1.0, 0.1)],
 )
 @pytest.mark.parametrize("mode", ["eager", "function"], indirect=True)
 def test_a_base_that_is_built_by_its_first_batch(name, clean_weight, gamma, mode):

@@ -5,7 +5,7 @@ import textwrap
 import keras
 import numpy as np
 import pytest
-from models import X, Y, busy_base, classifier, regularized
+from models import X, Y, classifier, regularized
 from oracle import norms
 from scipy import stats
 
@@ -236,15 +236,15 @@ def test_nothing_would_be_left():
 def test_presets_train_and_survive_a_saved_model(name, tmp_path):
     config = preset(name, 0.2, clip_value_min=-2.0, weight_perturbation=0.01)
     assert config == AdvRegConfig.from_config(config.get_config())
-    model = regularized(busy_base(), config, run_eagerly=True)
-    model.fit(X, Y, verbose=0)
+    model = regularized(classifier(), config, run_eagerly=True)
+    model.train_on_batch(X, Y)
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     assert loaded.adv_config == config
     assert loaded.adv_config.objective == config.objective
-    loaded.run_eagerly = True
-    histories = [m.fit(X, Y, shuffle=False, verbose=0).history for m in (model, loaded)]
-    assert histories[0] == histories[1]
+    model.reset_metrics()
+    logs = [m.train_on_batch(X, Y, return_dict=True) for m in (model, loaded)]
+    assert logs[0] == logs[1]
     for a, b in zip(model.get_weights(), loaded.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
 
