@@ -110,10 +110,8 @@ class Step:
 
     def _together(self) -> Outcome:
         """Both passes on one tape, for a loss that compares their predictions."""
-        model, moves_weights = (
-            self._model,
-            not _is_zero(self._config.weight_perturbation),
-        )
+        model = self._model
+        moves_weights = not _is_zero(self._config.weight_perturbation)
         carried = recurrent_states(model.base_model)
         before = values_of(carried)
         x_adv = y_first = None

@@ -24,6 +24,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from advreg.migrate import notebooks
+from advreg.migrate.leftovers import Leftovers
 from advreg.migrate.notebooks import Cell, lines_of, splice
 from advreg.migrate.renaming import MENTION, Module
 
@@ -311,6 +312,8 @@ def _migrated(
     try:
         module = Module("".join(block.code for block in blocks), tops)
         module.migrate()
+        if module.uses_nsl:
+            Leftovers(module).find()
     except RecursionError as error:
         raise ValueError("line 1: what follows is nested too deeply") from error
     changes = []

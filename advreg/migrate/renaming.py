@@ -5,13 +5,12 @@ from __future__ import annotations
 import bisect
 import importlib
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from advreg._extras import import_extra
 
-_NSL = "neural_structured_learning"
+NSL = "neural_structured_learning"
 # The modules of NSL that each of advreg's takes the place of.
 _INNER = {
     "configs": {"configs"},
@@ -28,7 +27,7 @@ MENTION = re.compile(r"neural[-_.]structured[-_.]learning", re.IGNORECASE)
 
 def _missing(path: tuple[str, ...]) -> str | None:
     """Why advreg does not have what is at a path within NSL; `None` where it does."""
-    path = _collapsed(path)
+    path = collapsed(path)
     if not path:
         return None
     space, *names = path
@@ -55,59 +54,12 @@ def _absence(module: str, name: str) -> str | None:
     return why.removeprefix(f"module {module!r} has no attribute {name!r}: ")
 
 
-def _collapsed(path: tuple[str, ...]) -> tuple[str, ...]:
+def collapsed(path: tuple[str, ...]) -> tuple[str, ...]:
     """Leaves out the module within `configs`, `keras` or `lib`, as advreg has none."""
     if len(path) > 1 and path[1] in _INNER.get(path[0], ()):
         return (path[0], *path[2:])
     return path
 
-
-# What Keras 3 does not have, by the names of TensorFlow 2, with `compat.v1` left out.
-_GONE = {
-    "tensorflow.feature_column": "Keras 3 takes no feature columns; use preprocessing "
-    "layers, or keras.utils.FeatureSpace",
-    "tensorflow.keras.layers.DenseFeatures": "Keras 3 has no feature columns; use "
-    "preprocessing layers, or keras.utils.FeatureSpace",
-    "tensorflow.estimator": "TensorFlow has had no estimators since 2.16; use a Keras "
-    "model, its compile and fit",
-    "tensorflow.disable_eager_execution": "Keras 3 does not run in graphs of "
-    "TensorFlow 1; remove the call",
-    "tensorflow.disable_v2_behavior": "Keras 3 does not run in graphs of TensorFlow 1; "
-    "remove the call",
-    "tensorflow.keras.backend.get_session": "Keras 3 has no sessions; call the model, "
-    "and tensors have .numpy()",
-    "tensorflow.keras.experimental": "Keras 3 has no such module; look in Keras's "
-    "documentation for what has taken its place",
-    "tensorflow.keras.wrappers.scikit_learn": "gone from Keras 3; use keras.wrappers, "
-    "or the package scikeras",
-}
-_ATTRS = {
-    f"{package}.{name}": "configs of advreg are dataclasses; if this is one, use "
-    f"dataclasses.{new}"
-    for package in ("attr", "attrs")
-    for name, new in (("evolve", "replace"), ("asdict", "asdict"))
-}
-# What a model's own steps took of TensorFlow 2's trainer.
-_TRAINER = {
-    "compiled_loss": "Keras 3 keeps it for old code, and warns; call "
-    "self.compute_loss(x, y, y_pred, sample_weight), which adds the layers' own losses",
-    "compiled_metrics": "Keras 3 keeps its update_state for old code, and warns; call "
-    "self.compute_metrics(x, y, y_pred, sample_weight), or update each of self.metrics",
-}
-# And of optimizers.
-_OPTIMIZERS = {
-    "minimize": "Keras 3's optimizers have no minimize; take gradients with a "
-    "tf.GradientTape, and call apply_gradients or apply",
-    "lr": "Keras 3's optimizers have no lr, and to set it changes nothing; use "
-    "learning_rate",
-}
-_ATTACKED_LOG = "val_scaled_adversarial_loss"
-_WRAPPER = ("keras", "AdversarialRegularization")
-_SAVES = "Keras 3 saves to .keras; for a SavedModel call base_model.export"
-_LOADS = "Keras 3 loads .keras and .h5; a SavedModel loads by tf.saved_model.load"
-_SAVED = (".keras", ".h5", ".hdf5")
-_LOADERS = {"tensorflow.keras.models.load_model", "tensorflow.keras.saving.load_model"}
-_UNCONSTRAINED = {"pgd_epsilon", "clip_value_min", "clip_value_max", "feature_mask"}
 
 Position = tuple[int, int]
 
@@ -139,6 +91,7 @@ class Module:
         self.places: list[tuple[int, str, str]] = []
         # What a name stands for that a statement binds, by statement and name.
         self.bound: dict[tuple[Any, str], tuple[str, ...]] = {}
+        self.uses_nsl = False
         # What an expression stands for, where it is a name or an attribute of one.
         self.meanings: dict[Any, tuple[str, ...]] = {}
         # Who bound a name that is read.
@@ -148,21 +101,20 @@ class Module:
 
     def migrate(self) -> None:
         """Collects the changes, and the places for a person."""
-        imports = [*self._of("Import"), *self._of("ImportFrom")]
+        imports = [*self.of("Import"), *self.of("ImportFrom")]
         for node in imports:
             self._bind(node)
-        uses_nsl = any(path[0] == _NSL for path in self.bound.values())
+        self.uses_nsl = any(path[0] == NSL for path in self.bound.values())
         for node in imports:
             if isinstance(node, self.cst.Import):
                 self._import(node)
             else:
-                uses_nsl |= self._import_from(node)
+                self.uses_nsl |= self._import_from(node)
         self._names()
         self._strings()
-        if uses_nsl:
-            self._keras()
 
-    def _of(self, *kinds: str) -> list[Any]:
+    def of(self, *kinds: str) -> list[Any]:
+        """The nodes of some kinds."""
         types = tuple(getattr(self.cst, kind) for kind in kinds)
         return [node for node in self.positions if isinstance(node, types)]
 
@@ -170,21 +122,24 @@ class Module:
         span = self.positions[node]
         return (span.start.line, span.start.column), (span.end.line, span.end.column)
 
-    def _text(self, node: Any) -> str:
+    def text(self, node: Any) -> str:
+        """What stands at a node."""
         (first, left), (last, right) = self._span(node)
         lines = self.lines[first - 1 : last]
         lines[-1] = lines[-1][:right]
         lines[0] = lines[0][left:]
         return "\n".join(lines)
 
-    def _place(self, node: Any, what: str, why: str) -> None:
+    def place(self, node: Any, what: str, why: str) -> None:
+        """Leaves a node to a person."""
         self.places.append((self._span(node)[0][0], what, why))
 
-    def _dotted(self, node: Any) -> tuple[str, ...]:
+    def dotted(self, node: Any) -> tuple[str, ...]:
+        """The names of `a.b.c`; nothing where the node is anything else."""
         name = self.cst.helpers.get_full_name_for_node(node)
         return tuple(name.split(".")) if name else ()
 
-    def _aliases(self, node: Any) -> list[tuple[Any, tuple[str, ...], str | None]]:
+    def aliases(self, node: Any) -> list[tuple[Any, tuple[str, ...], str | None]]:
         """What an import names: the nodes, the paths, and the names after `as`."""
         if isinstance(node.names, self.cst.ImportStar):
             return []
@@ -192,14 +147,14 @@ class Module:
         if isinstance(node, self.cst.ImportFrom):
             if node.relative:
                 return []
-            module = self._dotted(node.module)
+            module = self.dotted(node.module)
         return [
-            (alias, module + self._dotted(alias.name), alias.evaluated_alias)
+            (alias, module + self.dotted(alias.name), alias.evaluated_alias)
             for alias in node.names
         ]
 
     def _bind(self, node: Any) -> None:
-        for _, path, name in self._aliases(node):
+        for _, path, name in self.aliases(node):
             if isinstance(node, self.cst.ImportFrom):
                 self.bound[node, name or path[-1]] = path
             elif name is None:  # `import a.b` binds a.
@@ -210,13 +165,13 @@ class Module:
     def _import(self, node: Any) -> None:
         kept: list[str] = []
         moved: list[tuple[tuple[str, ...], str]] = []
-        for alias, path, name in self._aliases(node):
+        for alias, path, name in self.aliases(node):
             if not self._moves(alias, path):
-                kept.append(self._text(alias))
+                kept.append(self.text(alias))
             elif name is None:
-                moved.append((("advreg", "nsl"), _NSL))
+                moved.append((("advreg", "nsl"), NSL))
             else:
-                moved.append((("advreg", "nsl", *_collapsed(path[1:])), name))
+                moved.append((("advreg", "nsl", *collapsed(path[1:])), name))
         if moved:
             first = [f"import {', '.join(kept)}"] if kept else []
             self._put(node, [*first, *_from_imports(moved)])
@@ -231,7 +186,7 @@ class Module:
         line = self.parents[node]
         end = re.match(r"\s*(?=#|$)", self.lines[last - 1][right:])
         alone = isinstance(line, self.cst.SimpleStatementLine) and len(line.body) == 1
-        if not alone or not end or self._is_rebound(_NSL):
+        if not alone or not end or self._is_rebound(NSL):
             self._split(node, statements)
             return
         cell = bisect.bisect_right(self.tops, first - 1)
@@ -258,47 +213,47 @@ class Module:
 
     def _import_from(self, node: Any) -> bool:
         """Moves `from ... import ...`, and says whether it is from NSL."""
-        if node.relative or self._dotted(node.module)[0] != _NSL:
+        if node.relative or self.dotted(node.module)[0] != NSL:
             return False
         if isinstance(node.names, self.cst.ImportStar):
-            self._place(
+            self.place(
                 node,
-                f"`{self._text(node)}`",
+                f"`{self.text(node)}`",
                 "it does not say which names it brings; import those by name, and "
                 "migrate again",
             )
             return True
         kept: list[str] = []
         moved: list[tuple[tuple[str, ...], str]] = []
-        for alias, path, name in self._aliases(node):
+        for alias, path, name in self.aliases(node):
             if self._moves(alias, path):
-                new = ("advreg", "nsl", *_collapsed(path[1:]))
+                new = ("advreg", "nsl", *collapsed(path[1:]))
                 moved.append((new, name or path[-1]))
             else:
-                kept.append(self._text(alias))
+                kept.append(self.text(alias))
         modules = {".".join(new[:-1]) for new, _ in moved}
         if len(modules) == 1 and not kept:  # Then it keeps its form.
             self._change(node.module, modules.pop())
             for alias, (new, name) in zip(node.names, moved, strict=True):
-                if new[-1] == self._dotted(alias.name)[0]:
+                if new[-1] == self.dotted(alias.name)[0]:
                     continue
                 if alias.asname is None or new[-1] == name:
                     self._change(alias, _as(new[-1], name))
                 else:
                     self._change(alias.name, new[-1])
         elif moved:
-            module = self._text(node.module)
+            module = self.text(node.module)
             first = [f"from {module} import {', '.join(kept)}"] if kept else []
             self._split(node, [*first, *_from_imports(moved)])
         return True
 
     def _moves(self, alias: Any, path: tuple[str, ...]) -> bool:
         """Whether advreg has what is imported; tells a person where it does not."""
-        if path[0] != _NSL:
+        if path[0] != NSL:
             return False
         why = _missing(path[1:])
         if why is not None:
-            self._place(alias, f"import of `{'.'.join(path)}`", why)
+            self.place(alias, f"import of `{'.'.join(path)}`", why)
         return why is None
 
     def _change(self, node: Any, new: str) -> None:
@@ -316,11 +271,11 @@ class Module:
         )
         comments = [
             comment.value
-            for comment in self._of("Comment")
+            for comment in self.of("Comment")
             if (first, left) <= self._span(comment)[0] < self._span(node)[1]
         ]
         if comments and not alone:
-            self._place(
+            self.place(
                 node,
                 "import of several names",
                 "only some of them are in advreg, and there are comments between; put "
@@ -350,7 +305,7 @@ class Module:
             path = self._path(root, chain, referents)
             if path:
                 self.meanings[chain[-1] if chain else root] = path
-            if path[:1] == (_NSL,):
+            if path[:1] == (NSL,):
                 self._use(root, chain, path, referents)
 
     def _uses(self) -> Iterator[tuple[Any, list[Any], list[Any]]]:
@@ -379,7 +334,7 @@ class Module:
         bases = {self.bound.get((node, root.value), ()) for node in nodes} - {()}
         if not bases:
             return ()
-        base = min(bases, key=lambda path: (path[0] != _NSL, path))
+        base = min(bases, key=lambda path: (path[0] != NSL, path))
         return base + tuple(node.attr.value for node in chain)
 
     def _use(
@@ -389,15 +344,15 @@ class Module:
         given = len(path) - len(chain)  # What the name itself stands for.
         written = [root.value, *(node.attr.value for node in chain)]
         why = _missing(path[1:])
-        collapsed = _collapsed(path[1:])
+        short = collapsed(path[1:])
         if why is not None:
-            self._place(root, f"`{'.'.join(written)}`", why)
+            self.place(root, f"`{'.'.join(written)}`", why)
             return
-        if len(collapsed) != len(path) - 1 and given < 3:
+        if len(short) != len(path) - 1 and given < 3:
             others = [r for r in referents if not self._is_known(r, root.value)]
             inner = chain[2 - given]
             if others:
-                self._place(
+                self.place(
                     root,
                     f"`{'.'.join(written[: 4 - given])}`",
                     f"`{root.value}` is bound to something else as well; if it is NSL "
@@ -406,9 +361,9 @@ class Module:
             else:
                 start = self._span(inner.dot)[0]
                 self.changes.append((start, self._span(inner.attr)[1], ""))
-        is_module = len(collapsed) < 2 and _INNER.keys() >= set(collapsed)
+        is_module = len(short) < 2 and _INNER.keys() >= set(short)
         if is_module and self._is_handed_on(chain[-1] if chain else root):
-            self._place(
+            self.place(
                 root,
                 f"`{'.'.join(written)}`",
                 "the module itself is handed on; see that what is taken of it there is "
@@ -420,7 +375,7 @@ class Module:
         node = getattr(referent, "node", None)
         if (node, name) in self.bound:
             path = self.bound[node, name]
-            return path[0] == _NSL or path[:2] == ("advreg", "nsl")
+            return path[0] == NSL or path[:2] == ("advreg", "nsl")
         statement = self.parents.get(self.parents.get(node))
         return (
             isinstance(statement, self.cst.Assign)
@@ -432,14 +387,14 @@ class Module:
         parent = self.parents[node]
         if isinstance(parent, self.cst.Arg):
             call = self.parents[parent]
-            shown = isinstance(call, self.cst.Call) and self._dotted(call.func)
+            shown = isinstance(call, self.cst.Call) and self.dotted(call.func)
             return shown not in {("print",), ("help",), ("dir",), ("type",)}
         return isinstance(parent, self.cst.Assign) and any(
             not isinstance(target.target, self.cst.Name) for target in parent.targets
         )
 
     def _strings(self) -> None:
-        for node in self._of("SimpleString", "FormattedStringText"):
+        for node in self.of("SimpleString", "FormattedStringText"):
             for found in MENTION.finditer(node.value):
                 if self._is_docstring(node):
                     continue
@@ -453,7 +408,7 @@ class Module:
         call = self.parents[argument]
         if isinstance(argument, self.cst.Arg) and isinstance(call, self.cst.Call):
             imports = self.meanings.get(call.func) == ("importlib", "import_module")
-            if imports or self._dotted(call.func) == ("__import__",):
+            if imports or self.dotted(call.func) == ("__import__",):
                 return (
                     "an import by name is not followed; import advreg.nsl, and look at "
                     "what is taken of it"
@@ -477,212 +432,6 @@ class Module:
             body if isinstance(body, self.cst.Module) else self.parents[body],
             (self.cst.Module, self.cst.FunctionDef, self.cst.ClassDef),
         )
-
-    def _keras(self) -> None:
-        """Lists what stops in Keras 3, whoever wraps the model."""
-        imports = [
-            (alias, path)
-            for node in self._of("Import", "ImportFrom")
-            for alias, path, _ in self._aliases(node)
-        ]
-        for node, path in [*imports, *self.meanings.items()]:
-            name = _modern(path)
-            is_import = isinstance(node, self.cst.ImportAlias)
-            shown = (
-                f"import of `{'.'.join(path)}`"
-                if is_import
-                else f"`{self._text(node)}`"
-            )
-            for gone, why in _GONE.items():
-                if f"{name}.".startswith(f"{gone}."):
-                    self._place(node, shown, why)
-            if name in _ATTRS and not is_import:
-                self._place(node, shown, _ATTRS[name])
-        self._trainer()
-        self._logs()
-        calls = self._of("Call")
-        wrapped = self._wrapped(calls)
-        for call in calls:
-            self._call(call, wrapped)
-
-    def _trainer(self) -> None:
-        """Lists what Keras 2's models and optimizers had."""
-        for node in self._of("Attribute"):
-            name = node.attr.value
-            call = self.parents[node]
-            is_called = isinstance(call, self.cst.Call) and call.func is node
-            why = _TRAINER.get(name)
-            if (name == "lr" or (name == "minimize" and is_called)) and (
-                self._is_optimizer(node.value)
-            ):
-                why = _OPTIMIZERS[name]
-            if why is not None:
-                self._place(node, f"`{' '.join(self._text(node).split())}`", why)
-
-    def _is_optimizer(self, node: Any) -> bool:
-        """Whether an expression is one of Keras's optimizers, or is named like one."""
-        value = self._assigned(node) or node
-        if isinstance(value, self.cst.Call):
-            path = _modern(self.meanings.get(value.func, ()))
-            if path.startswith(("tensorflow.keras.optimizers.", "tensorflow.train.")):
-                return path.startswith("tensorflow.keras.")
-        return any("optimizer" in name.lower() for name in self._dotted(node)[-1:])
-
-    def _logs(self) -> None:
-        """Lists what is looked for in logs under the names that it had."""
-        strings = self._of("SimpleString")
-        for node in strings:
-            if node.raw_value == _ATTACKED_LOG:
-                self._place(
-                    node,
-                    f"`{_ATTACKED_LOG}`",
-                    "evaluate runs no attack, and logs none; use "
-                    "advreg.callbacks.RobustAccuracy, or monitor val_loss",
-                )
-        for node in strings:
-            holder = self._holder(node) if node.raw_value == "lr" else None
-            if self._dotted(holder)[-1:] in {("logs",), ("history",)}:
-                self._place(
-                    node, f"{node.value} of the logs", "Keras 3 logs learning_rate"
-                )
-
-    def _holder(self, key: Any) -> Any:
-        """What is asked for a key, in `holder[key]` and in `holder.get(key)`."""
-        parent = self.parents[key]
-        asked = self.parents[parent]
-        if isinstance(parent, self.cst.Index):
-            return self.parents[asked].value
-        if (
-            isinstance(parent, self.cst.Arg)
-            and isinstance(asked, self.cst.Call)
-            and asked.args[0] is parent
-            and isinstance(asked.func, self.cst.Attribute)
-            and asked.func.attr.value == "get"
-        ):
-            return asked.func.value
-        return None
-
-    def _wrapped(self, calls: list[Any]) -> set[tuple[str, ...]]:
-        """The variables that hold wrapped models and their bases."""
-        names = set()
-        for call in calls:
-            path = self.meanings.get(call.func, ())
-            if path[:1] != (_NSL,) or _collapsed(path[1:]) != _WRAPPER:
-                continue
-            base = _argument(call, "base_model", 0)
-            if base is not None:
-                names.add(self._dotted(base))
-            statement = self.parents[call]
-            if isinstance(statement, self.cst.Assign):
-                names |= {self._dotted(target.target) for target in statement.targets}
-        return names - {()}
-
-    def _call(self, call: Any, wrapped: set[tuple[str, ...]]) -> None:
-        path = self.meanings.get(call.func, ())
-        method = (
-            call.func.attr.value if isinstance(call.func, self.cst.Attribute) else ""
-        )
-        shown = f"`{self._text(call.func)}`"
-        for argument in call.args:
-            value = self._dotted(argument.value)
-            key = argument.keyword.value if argument.keyword is not None else ""
-            if key == "dynamic" and value == ("True",):
-                self._place(
-                    argument,
-                    "`dynamic=True`",
-                    "Keras 3 has no dynamic layers; compile with run_eagerly=True",
-                )
-            if (
-                method == "perturb_on_batch"
-                and key in _UNCONSTRAINED
-                and value == ("None",)
-            ):
-                self._place(
-                    argument,
-                    f"`{key}=None`",
-                    "NSL ignored None here, and advreg takes it as no constraint; "
-                    "leave it out for what the model was made with",
-                )
-        if method in {"save", "save_weights"} and self._is_wrapped(
-            call.func.value, wrapped
-        ):
-            endings = _SAVED if method == "save" else (".weights.h5",)
-            why = _SAVES if method == "save" else "Keras 3 saves them to .weights.h5"
-        elif _modern(path) in _LOADERS:
-            endings, why = _SAVED, _LOADS
-        elif _modern(path) == "tensorflow.keras.callbacks.ModelCheckpoint":
-            endings = _SAVED
-            why = "Keras 3 takes .keras, and for weights alone .weights.h5"
-        else:
-            return
-        file = _argument(call, "filepath", 0)
-        ending = None if file is None else self._ending(file)
-        if ending is None or any(known.endswith(ending) for known in endings):
-            return  # What is shown may be but the end of the suffix.
-        if not ending.endswith(endings):
-            self._place(call, f"{shown} of a path that ends in {ending!r}", why)
-
-    def _is_wrapped(self, node: Any, wrapped: set[tuple[str, ...]]) -> bool:
-        name = self._dotted(node)
-        return name in wrapped or name[-1:] == ("base_model",)
-
-    def _assigned(self, node: Any) -> Any:
-        """What a name is assigned, where that is done once; otherwise `None`."""
-        referents = self.referents.get(node, [])
-        if len(referents) != 1:
-            return None
-        statement = self.parents.get(getattr(referents[0], "node", None))
-        if isinstance(statement, self.cst.AssignTarget):
-            statement = self.parents[statement]
-        if isinstance(statement, (self.cst.Assign, self.cst.AnnAssign)):
-            return statement.value
-        return None
-
-    def _ending(self, node: Any, seen: tuple[Any, ...] = ()) -> str | None:
-        """How a path ends, where the code shows it."""
-        last: Any = None
-        if isinstance(node, (self.cst.SimpleString, self.cst.ConcatenatedString)):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Of odd escapes.
-                value = node.evaluated_value
-            return value if isinstance(value, str) else None
-        if isinstance(node, self.cst.FormattedString) and node.parts:
-            last = node.parts[-1]
-            if isinstance(last, self.cst.FormattedStringText):
-                return last.value
-            last = None if last.conversion or last.format_spec else last.expression
-        elif isinstance(node, self.cst.BinaryOperation):
-            joins = isinstance(node.operator, (self.cst.Add, self.cst.Divide))
-            last = node.right if joins else None
-        elif isinstance(node, self.cst.Call) and node.args:
-            name = self._dotted(node.func)[-1:]
-            if name in {("join",), ("joinpath",), ("Path",), ("str",)}:
-                last = node.args[-1].value
-        elif isinstance(node, self.cst.Name):
-            last = self._assigned(node)
-        if last is None or last in seen:
-            return None
-        return self._ending(last, (*seen, last))
-
-
-def _argument(call: Any, name: str, index: int) -> Any:
-    """An argument of a call, by keyword or by position."""
-    for argument in call.args:
-        if argument.keyword is not None and argument.keyword.value == name:
-            return argument.value
-    before = call.args[: index + 1]
-    if len(before) > index and not any(a.star or a.keyword for a in before):
-        return before[index].value
-    return None
-
-
-def _modern(path: tuple[str, ...]) -> str:
-    """The name of a path in TensorFlow 2, where it is Keras's or one of `compat`."""
-    if path[:1] == ("keras",):
-        path = ("tensorflow", *path)
-    if path[:2] == ("tensorflow", "compat"):
-        path = ("tensorflow", *path[3:])
-    return ".".join(path)
 
 
 def _as(name: str, local: str) -> str:

@@ -142,14 +142,13 @@ class AdversarialRegularization(model.AdversarialRegularization):
             [make_name(metric, label_key) for metric in some]
             for some, label_key in zip(resolved, self.label_keys, strict=True)
         ]
-        # Callbacks look for what they monitor among the metrics, by name.
-        for metric, name in zip(
-            itertools.chain(*resolved),
-            itertools.chain(*self._metric_names),
-            strict=True,
-        ):
-            if not any(metric is one for one in tree.flatten(given)):
-                metric.name = name
+        # Callbacks look for what they monitor among the metrics, by name. The objects
+        # of the user keep the names that they have.
+        of_user = {id(metric) for metric in tree.flatten(given)}
+        for some, its_names in zip(resolved, self._metric_names, strict=True):
+            for metric, name in zip(some, its_names, strict=True):
+                if id(metric) not in of_user:
+                    metric.name = name
         several = len(self.label_keys) > 1
         super().compile(
             optimizer,
