@@ -35,6 +35,7 @@ class Settings(NamedTuple):
     pgd_epsilon: Tensor | float | None
     random_init: bool
     init_radius: Tensor | float | None
+    power_iterations: int
 
     @classmethod
     def of(

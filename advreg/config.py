@@ -165,6 +165,12 @@ class AdvNeighborConfig(_Config):
             `pgd_epsilon`, or of `adv_step_size` where that is not set.
         init_radius: Radius of the random start where it is another one: a non-negative
             number, a `LearningRateSchedule`, or `None`.
+        power_iterations: How often the random start is turned, before the first step,
+            into the direction of the gradient there, at the length `init_radius`. With
+            a small radius and an attack that is flat at the input these are power
+            iterations to the direction of the largest curvature
+            ([Miyato et al., 2018](https://arxiv.org/abs/1704.03976)); each costs as
+            much as a step.
 
     Raises:
         TypeError: A field has the wrong type.
@@ -185,6 +191,7 @@ class AdvNeighborConfig(_Config):
     pgd_epsilon: Number | None = None
     random_init: bool = False
     init_radius: Number | None = dataclasses.field(default=None, kw_only=True)
+    power_iterations: int = dataclasses.field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
         random_init = flag("random_init", self.random_init)
@@ -197,6 +204,7 @@ class AdvNeighborConfig(_Config):
             "clip_value_max": constraint("clip_value_max", self.clip_value_max),
             "pgd_iterations": count("pgd_iterations", self.pgd_iterations, least),
             "random_init": random_init,
+            "power_iterations": count("power_iterations", self.power_iterations, 0),
         }
         if self.pgd_epsilon is not None:
             checked["pgd_epsilon"] = magnitude("pgd_epsilon", self.pgd_epsilon)
@@ -208,6 +216,12 @@ class AdvNeighborConfig(_Config):
                     "`random_init=True`, or `init_radius=None`. Received: "
                     f"init_radius={self.init_radius!r} and random_init=False"
                 )
+        if self.power_iterations and self.init_radius is None:
+            raise ValueError(
+                "`power_iterations` need an `init_radius`, the length of what they "
+                "turn. Received: "
+                f"power_iterations={self.power_iterations} and init_radius=None"
+            )
         for name, value in checked.items():
             object.__setattr__(self, name, value)
         check_mask(self.feature_mask)
@@ -233,13 +247,13 @@ class AdvRegConfig(Presets, _Config):
             number. With 0 and the labelled loss as objective there is no clean pass:
             metrics are computed on perturbed inputs, and their names begin with
             `adversarial_`.
-        weight_perturbation: How far the weights move against the adversarial term
-            before its gradient is taken, relative to the norm of each kernel: a
+        weight_perturbation: How far the weights move, so that the adversarial term
+            grows, before its gradient is taken, relative to the norm of each kernel: a
             non-negative number or a `LearningRateSchedule`, the γ of adversarial
             weight perturbation ([Wu et al., 2020](https://arxiv.org/abs/2004.05884),
             who take 0.005 to 0.01). Where the objective looks at clean predictions,
-            the gradient of the clean term is taken there, too. The number 0 costs
-            nothing.
+            weights move so that both terms grow, and both gradients are taken there.
+            The number 0 costs nothing.
 
     Raises:
         TypeError: A field has the wrong type.
@@ -404,6 +418,7 @@ def make_adv_reg_config(
     random_init: bool = AdvNeighborConfig.random_init,
     *,
     init_radius: Number | None = AdvNeighborConfig.init_radius,
+    power_iterations: int = AdvNeighborConfig.power_iterations,
     objective: Objective | str = AdvRegConfig.objective,
     clean_weight: float = AdvRegConfig.clean_weight,
     weight_perturbation: Number = AdvRegConfig.weight_perturbation,
@@ -421,6 +436,7 @@ def make_adv_reg_config(
         pgd_epsilon: Radius of the ball.
         random_init: Whether to start at random in the ball.
         init_radius: Radius of the random start where it is another one.
+        power_iterations: How often the random start is turned along the gradient.
         objective: What the adversarial term measures. See `AdvRegConfig`, as for all
             that follow.
         clean_weight: Weight of the labelled loss on clean inputs.
@@ -449,6 +465,7 @@ def make_adv_reg_config(
             pgd_epsilon=pgd_epsilon,
             random_init=random_init,
             init_radius=init_radius,
+            power_iterations=power_iterations,
         ),
         objective=objective,
         clean_weight=clean_weight,

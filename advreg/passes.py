@@ -120,12 +120,14 @@ class Step:
                 y_first = self._forward(self._x)
             x_adv = self._perturb(None, y_first)
 
-        def adversarial_term() -> Tensor:
+        def both_terms() -> Tensor:
             y_pred = self._forward(self._x)
+            labeled_loss = model._compile_loss(self._y, y_pred, self._sample_weight)
             with self._states_of_the_clean_pass(carried, before):
-                return self._compare(y_pred, self._forward(x_adv))
+                y_adv = self._forward(x_adv)
+            return self._clean_total(labeled_loss, []) + self._compare(y_pred, y_adv)
 
-        with self._moved_weights(adversarial_term):
+        with self._moved_weights(both_terms):
             with tf.GradientTape() as tape:
                 y_pred = self._forward(self._x)
                 labeled_loss = model._compile_loss(self._y, y_pred, self._sample_weight)

@@ -77,9 +77,14 @@ def perturb(
     def iterate(displacement: Tensor) -> Tensor:
         return ascend(displacement, gradient_at(ball.perturbed(displacement)))
 
+    def turn(displacement: Tensor) -> Tensor:
+        gradient = ball.gradient(gradient_at(ball.perturbed(displacement)))
+        return ball.ascend(ball.zero(), gradient, settings.init_radius)
+
     if settings.random_init:
         radii = (settings.init_radius, settings.pgd_epsilon, settings.adv_step_size)
         displacement = ball.random(seed, next(r for r in radii if r is not None))
+        displacement = _repeat(turn, settings.power_iterations, displacement)
         remaining = settings.pgd_iterations
     else:
         displacement = ascend(ball.zero(), gradients)

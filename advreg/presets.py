@@ -137,16 +137,22 @@ class Presets:
 
     @classmethod
     def virtual_adversarial(
-        cls, epsilon: Number, difference: float = 1e-3, **fields: Any
+        cls,
+        epsilon: Number,
+        difference: float = 1e-3,
+        iterations: int = 1,
+        **fields: Any,
     ) -> Any:
         """Virtual adversarial training, in the L2 norm, which needs no labels.
 
-        [Miyato et al., 2018](https://arxiv.org/abs/1704.03976), with one step of power
-        iteration. Examples without a label have any, and the sample weight 0.
+        [Miyato et al., 2018](https://arxiv.org/abs/1704.03976). Examples without a
+        label have any, and the sample weight 0.
 
         Args:
             epsilon: Length of the perturbation.
             difference: Length of the finite difference, the ξ of the paper.
+            iterations: Number of power iterations, the K of the paper, at least 1; one
+                is what the paper recommends.
             **fields: Fields of both configurations that are to differ.
         """
         epsilon = magnitude("epsilon", epsilon)
@@ -156,6 +162,8 @@ class Presets:
             "adv_grad_norm": "l2",
             "random_init": True,
             "init_radius": length("difference", difference),
+            # The last one is the step itself.
+            "power_iterations": count("iterations", iterations) - 1,
             "objective": "virtual_adversarial",
         }
         return cls._preset(defaults, fields)

@@ -96,6 +96,7 @@ class Recipe:
     name: str
     start: np.ndarray
     init_radius: float = 0.05
+    power_iterations: int = 0
     step: float = 0.1
     radius: float = 0.2
     iterations: int = 3
@@ -111,6 +112,7 @@ class Recipe:
         return {
             "objective": self.name,
             "init_radius": self.init_radius,
+            "power_iterations": self.power_iterations,
             "random_init": True,
             "adv_step_size": self.step,
             "pgd_epsilon": self.radius,
@@ -130,7 +132,7 @@ class Recipe:
         if sample_weight is not None and self.name != "virtual_adversarial":
             moves = np.reshape(sample_weight, (-1, 1)) != 0
         moved = np.clip(x + self.init_radius * self.start * moves, self.low, self.high)
-        for _ in range(self.iterations):
+        for iteration in range(self.power_iterations + self.iterations):
             point = tf.constant(moved)
             with tf.GradientTape() as tape:
                 tape.watch(point)
@@ -140,7 +142,10 @@ class Recipe:
                 else:
                     loss = tf.reduce_sum(surprise(there, truth))
             gradient = tape.gradient(loss, point).numpy() * moves
-            moved = moved - x + self.step * steepest(gradient, self.norm)
+            if iteration < self.power_iterations:
+                moved = self.init_radius * steepest(gradient, self.norm)
+            else:
+                moved = moved - x + self.step * steepest(gradient, self.norm)
             moved = np.clip(x + project(moved, self.radius, self.norm), -1.5, 1.5)
             moved = np.where(moves, moved, x)
         return moved
@@ -193,6 +198,8 @@ class Recipe:
         with tf.GradientTape() as tape:
             tape.watch(weights)
             term = self.term(weights, x, x_adv, *more)
+            if self.name != "labeled_loss":
+                term += self.clean_weight * self.labeled(weights, x, *more)
         return [
             w + self.gamma * tf.norm(w) * g / tf.norm(g)
             if len(w.shape) > 1

@@ -146,6 +146,16 @@ def test_other_norms(name, norm, fixed_start):
     assert_same(got, expected)
 
 
+@pytest.mark.parametrize("name", ["labeled_loss", "trades", "virtual_adversarial"])
+def test_power_iterations(name, mode, fixed_start):
+    fields = {"norm": "l2", "init_radius": 1e-3, "power_iterations": 3}
+    base, recipe = base_of(), Recipe(name, START, iterations=1, **fields)
+    truth = np.eye(CLASSES)[LABELS]
+    expected = recipe.gradients(base.get_weights(), INPUT, truth, WEIGHTS)
+    loss = exact_cross_entropy()
+    assert_same(step(base, recipe, LABELS, loss, WEIGHTS, **mode), expected)
+
+
 FORMS = {
     "a column of labels": (None, exact_cross_entropy, LABELS[:, None]),
     "one-hot labels": (

@@ -1,3 +1,4 @@
+import dataclasses
 import inspect
 
 import keras
@@ -249,6 +250,37 @@ def test_the_first_step_after_a_random_start_follows_its_own_gradient():
     perturb(x, [x], gradient_at, Settings.of(config))
     assert len(seen) == 2
     assert not np.allclose(seen[0], 1.0)
+
+
+@pytest.mark.parametrize("times", [0, 1, 4])
+def test_power_iterations_turn_the_start_to_the_largest_curvature(times):
+    """`d ← radius · Hd / ‖Hd‖`, on a loss of which H is the second derivative."""
+    rng = np.random.default_rng(1)
+    axes, _ = np.linalg.qr(rng.normal(size=(5, 5)))
+    curvature = axes @ np.diag([5.0, 2.0, 1.0, 0.5, 0.0]) @ axes.T
+    x = tf.constant(rng.normal(size=(40, 5)))
+    config = AdvNeighborConfig(
+        random_init=True, init_radius=0.1, adv_grad_norm="l2", pgd_iterations=0
+    )
+
+    def gradient_at(features):
+        return [(features - x) @ curvature]
+
+    @tf.function
+    def start(config, seed):
+        return perturb(x, [x], gradient_at, Settings.of(config), seed) - x
+
+    first, found = (
+        start(
+            dataclasses.replace(config, power_iterations=power_iterations),
+            keras.random.SeedGenerator(3),
+        ).numpy()
+        for power_iterations in (0, times)
+    )
+    expected = first @ np.linalg.matrix_power(curvature, times)
+    if times:
+        expected *= 0.1 / np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-12)
 
 
 def test_random_starts_with_unknown_batch_size():

@@ -68,6 +68,7 @@ EXPECTED = {
     },
 }
 MANY_STEPS = ["pgd", "trades", "mart", "logit_pairing"]
+WITH_ITERATIONS = [*MANY_STEPS, "virtual_adversarial"]
 
 
 def preset(name, *args, **fields):
@@ -91,8 +92,8 @@ def test_arguments_of_their_own():
     assert AdvRegConfig.trades(0.2, 1.5).multiplier == 1.5
     assert AdvRegConfig.mart(0.2, 2.0).objective == Mart(2.0)
     assert AdvRegConfig.logit_pairing(0.2, 0.1).objective == LogitPairing(0.1)
-    config = AdvRegConfig.virtual_adversarial(0.2, 0.01)
-    assert config.adv_neighbor_config.init_radius == 0.01
+    neighbor = AdvRegConfig.virtual_adversarial(0.2, 0.01, 3).adv_neighbor_config
+    assert (neighbor.init_radius, neighbor.power_iterations) == (0.01, 2)
     for name in MANY_STEPS:
         neighbor = preset(name, 0.2, iterations=5).adv_neighbor_config
         assert neighbor.pgd_iterations == 5
@@ -110,6 +111,7 @@ OTHERS = {
     "pgd_epsilon": 0.9,
     "random_init": True,
     "init_radius": 0.8,
+    "power_iterations": 2,
     "objective": LogitPairing(2.0),
     "clean_weight": 0.4,
     "weight_perturbation": 0.01,
@@ -127,7 +129,7 @@ def test_every_field_can_be_given_and_wins(name):
     plain = preset(name, 0.2)
     for field, value in OTHERS.items():
         # Alone, but for what a start radius needs.
-        given = {"random_init": True, field: value}
+        given = {"random_init": True, "init_radius": 0.1, field: value}
         config = preset(name, 0.2, **given)
         got = {**vars(config), **vars(config.adv_neighbor_config)}
         expected = {**vars(plain), **vars(plain.adv_neighbor_config), **given}
@@ -160,7 +162,7 @@ def test_a_wrong_radius_is_refused(name, epsilon, error):
         preset(name, epsilon)
 
 
-@pytest.mark.parametrize("name", MANY_STEPS)
+@pytest.mark.parametrize("name", WITH_ITERATIONS)
 def test_wrong_iterations_are_refused(name):
     with pytest.raises(ValueError, match="`iterations` must be at least 1"):
         preset(name, 0.2, iterations=0)
@@ -227,6 +229,17 @@ def test_an_attack_that_is_flat_at_the_input_needs_a_random_start(name):
 def test_nothing_would_be_left():
     with pytest.raises(ValueError, match="must not both be 0"):
         make_adv_reg_config(0.0, clean_weight=0.0)
+
+
+@pytest.mark.parametrize("value", [-1, 1.5])
+def test_wrong_power_iterations_are_refused(value):
+    with pytest.raises((TypeError, ValueError), match="`power_iterations` must be"):
+        AdvNeighborConfig(random_init=True, init_radius=0.1, power_iterations=value)
+
+
+def test_power_iterations_need_a_length():
+    with pytest.raises(ValueError, match="`power_iterations` need an `init_radius`"):
+        AdvNeighborConfig(random_init=True, power_iterations=1)
 
 
 # --- In a model
