@@ -121,8 +121,17 @@ class Objective:
         raise NotImplementedError(f"{type(self).__name__} must define `loss`.")
 
     def get_config(self) -> dict[str, Any]:
-        """Returns the fields of a dataclass."""
+        """Returns the fields of a dataclass.
+
+        Raises:
+            NotImplementedError: The class has arguments, and is none.
+        """
         if not dataclasses.is_dataclass(self):
+            if type(self).__init__ is not object.__init__:
+                raise NotImplementedError(
+                    f"{type(self).__name__} must define `get_config`, so that it can "
+                    "be saved and compared: it is no dataclass, and has an `__init__`."
+                )
             return {}
         return {
             field.name: getattr(self, field.name) for field in dataclasses.fields(self)

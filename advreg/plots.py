@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from advreg._extras import import_extra
-from advreg.checks import show
-from advreg.config import NormType
+from advreg.checks import Schedule, count, show
+from advreg.config import AdvRegConfig, NormType
 
 RIGHT = "green"
 WRONG = "red"
@@ -277,6 +277,88 @@ def robustness_curves(
     ax.grid(alpha=0.3)
     ax.legend()
     return ax
+
+
+def schedules(
+    configs: AdvRegConfig | Mapping[str, AdvRegConfig],
+    steps: int,
+    figure: _Figure | None = None,
+) -> _Figure:
+    """Draws what schedules make of configurations over the steps of the optimizer.
+
+    Each field that is a schedule in one of them has a panel of its own, and each
+    configuration that sets it a line in there.
+
+    Args:
+        configs: An `AdvRegConfig`, or several by the names that the legend gives them.
+        steps: Number of steps to look at, as of the training: batches of an epoch
+            times epochs.
+        figure: Matplotlib figure to draw into, by default a new one of fitting size.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: The extra `demo` is not installed.
+        TypeError: `configs` is something else.
+        ValueError: No field is a schedule.
+
+    Example:
+    >>> ramp = keras.optimizers.schedules.PolynomialDecay(0.0, 1000, 0.3)
+    >>> figure = schedules(AdvRegConfig.fast(ramp), steps=2000)
+    >>> figure.savefig("schedules.png")
+    """
+    steps = count("steps", steps)
+    named = configs if isinstance(configs, Mapping) else {"": configs}
+    values = {name: _numbers(config) for name, config in named.items()}
+    fields = [
+        field
+        for field in next(iter(values.values()), {})
+        if any(isinstance(found[field], Schedule) for found in values.values())
+    ]
+    if not fields:
+        raise ValueError(
+            "`configs` must hold a `LearningRateSchedule`: there is nothing to draw. "
+            f"Received: {configs!r}"
+        )
+    if figure is None:
+        size = (6.4, 1.2 + 2.2 * len(fields))
+        figure = figure_class()(figsize=size, layout="constrained")
+    panels = figure.subplots(len(fields), sharex=True, squeeze=False)[:, 0]
+    at = np.unique(np.linspace(0, steps, 401).round().astype("int64"))
+    for ax, field in zip(panels, fields, strict=True):
+        for (name, found), dashes in zip(
+            values.items(), itertools.cycle(["-", "--", "-.", ":"]), strict=False
+        ):
+            value = found[field]
+            if value is not None:
+                function = (
+                    value if isinstance(value, Schedule) else lambda _, v=value: v
+                )
+                ax.plot(at, [float(function(step)) for step in at], dashes, label=name)
+        ax.set_ylabel(field)
+        ax.grid(alpha=0.3)
+    panels[-1].set_xlabel("steps of the optimizer")
+    if isinstance(configs, Mapping):
+        panels[0].legend()
+    return figure
+
+
+def _numbers(config: Any) -> dict[str, Any]:
+    """The fields of a configuration that may be schedules."""
+    if not isinstance(config, AdvRegConfig):
+        raise TypeError(
+            "`configs` must be an `AdvRegConfig`, or a dictionary of them by name. "
+            f"Received: {show(config)}"
+        )
+    neighbor = config.adv_neighbor_config
+    return {
+        "multiplier": config.multiplier,
+        "pgd_epsilon": neighbor.pgd_epsilon,
+        "adv_step_size": neighbor.adv_step_size,
+        "init_radius": neighbor.init_radius,
+        "weight_perturbation": config.weight_perturbation,
+    }
 
 
 def _curves_title(

@@ -575,6 +575,28 @@ def test_an_objective_without_a_loss():
         model.train_on_batch(X, Y)
 
 
+class WithArguments(advreg.Objective):
+    def __init__(self, scale):
+        self.scale = scale
+
+    def loss(self, batch):
+        return self.scale * batch.labeled_loss
+
+
+class Described(WithArguments):
+    def get_config(self):
+        return {"scale": self.scale}
+
+
+def test_arguments_of_an_objective_are_not_lost():
+    config = make_adv_reg_config(objective=WithArguments(3.0))
+    with pytest.raises(NotImplementedError, match=r"WithArguments must .*get_config"):
+        config.get_config()
+    described = make_adv_reg_config(objective=Described(3.0))
+    assert described == make_adv_reg_config(objective=Described(3.0))
+    assert described != make_adv_reg_config(objective=Described(2.0))
+
+
 @pytest.mark.parametrize("objective", set(TERMS) - {"labeled_loss"})
 @pytest.mark.parametrize(
     ("loss", "received"), [("mse", "mse"), (lambda y, p: ops.mean(p, -1), "lambda")]

@@ -4,8 +4,9 @@ import sys
 
 import numpy as np
 import pytest
+from keras.optimizers.schedules import PiecewiseConstantDecay, PolynomialDecay
 
-from advreg import plots
+from advreg import AdvRegConfig, make_adv_reg_config, plots
 from advreg.report import Accuracy, RobustnessReport
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -387,3 +388,64 @@ def test_format_of_a_file():
     plots.check_format(pathlib.Path("a.PDF"))
     with pytest.raises(ValueError, match=r"must end in one of .*png.*: report\.docx"):
         plots.check_format(pathlib.Path("report.docx"))
+
+
+# --- Schedules
+
+
+def test_a_panel_for_each_schedule_and_a_line_for_each_configuration():
+    ramp = PolynomialDecay(0.0, 100, 0.4)
+    configs = {
+        "ramp": AdvRegConfig.fast(ramp),
+        "late": make_adv_reg_config(
+            PiecewiseConstantDecay([150], [0.0, 1.0]), adv_step_size=0.1
+        ),
+    }
+    figure = plots.schedules(configs, 200)
+    lines = {
+        ax.get_ylabel(): {line.get_label(): line.get_xydata() for line in ax.lines}
+        for ax in figure.axes
+    }
+    assert list(lines) == ["multiplier", "pgd_epsilon", "adv_step_size"]
+    assert all(ax.get_legend() is None for ax in figure.axes[1:])
+    assert list(lines["pgd_epsilon"]) == ["ramp"]
+    steps = np.arange(201)
+    expected = {
+        ("multiplier", "ramp"): np.ones(201),
+        ("multiplier", "late"): np.where(steps > 150, 1.0, 0.0),
+        ("pgd_epsilon", "ramp"): np.minimum(0.004 * steps, 0.4),
+        ("adv_step_size", "ramp"): np.minimum(0.005 * steps, 0.5),
+        ("adv_step_size", "late"): np.full(201, 0.1),
+    }
+    for (field, name), values in expected.items():
+        drawn = np.stack([steps, values], axis=1)
+        np.testing.assert_allclose(lines[field][name], drawn, rtol=1e-6, atol=1e-7)
+
+
+def test_one_configuration_needs_no_legend_and_many_steps_no_time():
+    config = make_adv_reg_config(PolynomialDecay(0.0, 10**6, 1.0))
+    (ax,) = plots.schedules(config, 10**7).axes
+    assert ax.get_legend() is None
+    assert len(ax.lines[0].get_xydata()) == 401
+    np.testing.assert_array_equal(ax.lines[0].get_xydata()[[0, -1], 0], [0, 10**7])
+
+
+def test_schedules_draw_into_a_given_figure():
+    figure = plots.figure_class()()
+    config = make_adv_reg_config(PolynomialDecay(0.0, 10, 1.0))
+    assert plots.schedules(config, 20, figure) is figure
+    assert len(figure.axes) == 1
+
+
+@pytest.mark.parametrize(
+    ("configs", "steps", "error", "match"),
+    [
+        (make_adv_reg_config(0.2), 10, ValueError, "`configs` must hold a `Learn"),
+        ({}, 10, ValueError, "`configs` must hold a `Learn"),
+        ({"a": 0.2}, 10, TypeError, "`configs` must be an `AdvRegConfig`, or"),
+        (make_adv_reg_config(0.2), 0, ValueError, "`steps` must be at least 1"),
+    ],
+)
+def test_wrong_arguments_of_schedules(configs, steps, error, match):
+    with pytest.raises(error, match=match):
+        plots.schedules(configs, steps)
