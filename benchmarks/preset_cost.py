@@ -24,6 +24,7 @@ def presets(iterations):
     return {
         "fgsm": AdvRegConfig.fgsm(0.1),
         "fast": AdvRegConfig.fast(0.1),
+        "fast, clean_weight 0": AdvRegConfig.fast(0.1, clean_weight=0.0),
         "n_fgsm": AdvRegConfig.n_fgsm(0.1),
         f"pgd-{iterations}": AdvRegConfig.pgd(0.1, iterations),
         f"pgd-{iterations}, clean_weight 0": AdvRegConfig.pgd(

@@ -90,6 +90,9 @@ RECIPES = {
     "trades": Recipe(ramped(AdvRegConfig.trades)),
     "mart": Recipe(ramped(AdvRegConfig.mart)),
     "logit_pairing": Recipe(ramped(AdvRegConfig.logit_pairing)),
+    "virtual_adversarial": Recipe(
+        ramped(AdvRegConfig.virtual_adversarial, adv_grad_norm="infinity")
+    ),
 }
 
 

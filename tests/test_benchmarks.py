@@ -1,12 +1,20 @@
+import collections
+import dataclasses
 import importlib.util
+import itertools
 import pathlib
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
+from advreg.attacks import PGD, AutoAttack
+from advreg.presets import Presets
+
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
+PRESETS = {name for name in vars(Presets) if not name.startswith("_")}
 
 
 def rows_of(script, *options):
@@ -173,6 +181,130 @@ def test_nsl_parity_knows_the_law_of_random_starts(power, told):
     side = {("start", "l2", "", ""): radii**power}
     ((*_, verdict),) = script("nsl_parity").laws(side, side)
     assert verdict == told
+
+
+@pytest.mark.slow
+def test_preset_cost_prints_a_row_for_each_preset(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    cost = script("preset_cost")
+    configs = cost.presets(2)
+    assert {re.split("[-, ]", name)[0] for name in configs} == PRESETS
+    some = {name: configs[name] for name in ("fgsm", "fgsm + awp")}
+    monkeypatch.setattr(cost, "presets", lambda iterations: some)
+    monkeypatch.setattr(sys, "argv", ["", "--turns", "1", "--batch", "2"])
+    cost.main()
+    head, _, *rows = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert head == ["preset", "ms", "/", "plain", "Keras", "/", "without", "awp"]
+    assert [row[0] for row in rows] == ["plain", "fgsm", "fgsm"]
+    assert all(float(cell) > 0 for row in rows for cell in row[-2:])
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """The table of robustness, of networks that are hardly trained."""
+    table = script("robustness_table")
+    monkeypatch.setattr(table, "ROWS", tmp_path / "rows.json")
+    monkeypatch.setattr(table, "NETWORKS", tmp_path / "networks")
+    monkeypatch.setattr(table, "TRAINING", 256)
+    monkeypatch.setattr(table, "TESTED", 20)
+    for name, recipe in table.RECIPES.items():
+        short = dataclasses.replace(recipe, epochs=1)
+        monkeypatch.setitem(table.RECIPES, name, short)
+    return table
+
+
+@pytest.fixture
+def run(table, monkeypatch):
+    """Runs the script on some rows, and returns the words of the table."""
+
+    def run(*options):
+        arguments = ["robustness_table.py", "--quiet", *options]
+        monkeypatch.setattr(sys, "argv", arguments)
+        table.main()
+        return [line.split() for line in table.table(table.read()).splitlines()]
+
+    return run
+
+
+def test_the_table_of_robustness_has_all_presets_radii_and_seeds(table):
+    rows = table.rows_wanted(None, None)
+    assert len(rows) == len(set(rows))
+    counts = collections.Counter((row.preset, row.epsilon) for row in rows)
+    names = {"plain", "nsl", "madry", *PRESETS}
+    assert set(counts) == set(itertools.product(names, (0.1, 0.2, 0.3)))
+    for (name, _), count in counts.items():
+        assert count == (3 if name in ("fgsm", "fast", "n_fgsm") else 1)
+    some = table.rows_wanted(["fast@0.3", "nsl"], [5])
+    assert [(row.preset, row.epsilon, row.seed) for row in some] == [
+        *(("nsl", 0.1, 5), ("nsl", 0.2, 5), ("nsl", 0.3, 5), ("fast", 0.3, 5))
+    ]
+    # NSL's recipe knows no radius: it is one network.
+    assert len({row.network for row in some}) == 2
+
+
+def test_radii_of_the_table_grow_over_half_of_the_training(table):
+    for recipe in table.RECIPES.values():
+        step = recipe.config(0.3, 1000).adv_neighbor_config.adv_step_size
+        if not recipe.fixed:
+            assert float(step(0)) == 0.0
+            assert float(step(250)) == pytest.approx(float(step(1000)) / 2)
+            assert float(step(499)) < float(step(500)) == float(step(1000))
+
+
+def test_the_table_keeps_what_several_runs_find(table):
+    rows = [
+        {"preset": "fast", "epsilon": 0.3, "seed": 0, "clean": 0.5, "seconds": 60.0},
+        {"preset": "nsl", "epsilon": 0.3, "seed": 0, "clean": 0.5, "seconds": 60.0},
+        {"preset": "fast", "epsilon": 0.3, "seed": 0, "ART AutoAttack": 0.25},
+    ]
+    for row in rows:
+        table.keep(row)
+    assert table.read() == [rows[1], {**rows[0], **rows[2]}]
+    assert [line.split() for line in table.table(table.read()).splitlines()[2:]] == [
+        ["nsl", "0.3", "0", "50.0", "1.0"],
+        ["fast", "0.3", "0", "50.0", "25.0", "1.0"],
+    ]
+
+
+@pytest.mark.slow
+def test_the_table_goes_on_where_it_stopped(table, run, mnist_dir, monkeypatch):
+    def attacks(radius):
+        weak = AutoAttack(radius, iterations=1, queries=1, **table.RANGE)
+        return [PGD(radius, iterations=40, restarts=5, **table.RANGE), weak]
+
+    monkeypatch.setattr(table, "attacks_of_ours", attacks)
+    head, _, *rows = run("--only", "fast@0.1", "--seeds", "0", "1")
+    assert head == [
+        *("preset", "epsilon", "seed", "clean", "PGD-40", "AutoAttack", "minutes")
+    ]
+    assert [row[:3] for row in rows] == [["fast", "0.1", str(i)] for i in range(2)]
+    assert all(0 <= float(cell) <= 100 for row in rows for cell in row[3:6])
+    # What is there is neither trained nor measured again.
+    kept = table.ROWS.read_bytes()
+    monkeypatch.setattr(table, "train", None)
+    with monkeypatch.context() as patch:
+        patch.setattr(table, "measure", None)
+        assert run("--only", "fast@0.1", "--seeds", "0", "1")[2:] == rows
+        assert run("--print")[2:] == rows
+    assert table.ROWS.read_bytes() == kept
+    # A network is kept, and the same when a lost row is measured again.
+    table.ROWS.unlink()
+    assert run("--only", "fast@0.1", "--seeds", "0", "1")[2:] == rows
+
+
+@pytest.mark.slow
+def test_the_table_is_judged_by_art(table, run, mnist_dir, monkeypatch):
+    pytest.importorskip("art")
+    ours, judges = table.attacks_of_ours(0.1), table.attacks_of_art(0.1)
+    assert [attack.epsilon for attack in ours] == [0.1, 0.1]
+    assert [attack._kwargs["eps"] for attack in judges] == [0.1, 0.1]
+    monkeypatch.setattr(table, "TESTED", 5)
+    monkeypatch.setattr(table, "attacks_of_ours", lambda radius: ours[:1])
+    monkeypatch.setattr(table, "attacks_of_art", lambda radius: judges[:1])
+    run("--only", "plain@0.1")
+    head, _, row = run("--judge", "--only", "plain@0.1")
+    assert head[3:] == ["clean", "PGD-40", "ART's", "PGD-40", "minutes"]
+    assert row[4] == row[5]
 
 
 # A suite that fails in the words of Keras 2 alone, and one with other results.
