@@ -1,14 +1,20 @@
 """The tests that the documentation names are there; all cases of the grid are named."""
 
 import ast
+import dataclasses
 import pathlib
 import re
 
+import keras
+import numpy as np
 import pytest
+from models import classifier
 from test_nsl_configs import NAMES
 from test_parity import CASES
 
+import advreg
 from advreg import attacks, honesty
+from advreg.presets import Presets
 
 TESTS = pathlib.Path(__file__).parent
 TABLE = (TESTS.parent / "docs" / "keras.md").read_text()
@@ -59,3 +65,36 @@ def test_the_page_on_migration_names_all_that_nsl_has():
             path = f"{space}.{name}".strip(".")
             if path not in {"configs", "keras", "lib", "__version__"}:
                 assert path in named
+
+
+def test_the_code_of_the_recipes_runs(tmp_path, monkeypatch):
+    image = pytest.importorskip("matplotlib.image")
+    pytest.importorskip("scipy")
+    monkeypatch.chdir(tmp_path)
+    page = (TESTS.parent / "docs" / "recipes.md").read_text()
+    scope = {
+        "advreg": advreg,
+        "dataclasses": dataclasses,
+        "keras": keras,
+        "np": np,
+        "base": classifier(),
+        "steps": 1000,
+    }
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, scope)
+    # The figure in the repository is the one that the page draws.
+    drawn, kept = (
+        image.imread(folder / "schedules.png")
+        for folder in (tmp_path, TESTS.parent / "docs")
+    )
+    assert drawn.shape == kept.shape
+    assert np.abs(drawn - kept).mean() < 0.02
+    x = np.array([[0.0, 0.0], [0.0, 3.0], [4.0, 0.0]])
+    assert scope["separation"](x, np.array([0, 0, 1])) == 4.0
+    assert scope["separation"](x, np.array([0, 1, 1]), 2) == 3.0
+
+
+def test_the_recipes_name_all_presets():
+    page = (TESTS.parent / "docs" / "recipes.md").read_text()
+    rows = re.findall(r"^\| `(\w+)\(", page, re.MULTILINE)
+    assert sorted(rows) == sorted(n for n in vars(Presets) if n[0] != "_")
