@@ -618,17 +618,9 @@ class AdversarialRegularization(keras.Model):
 
     def _takes_logits(self, predictions: Any) -> list[bool]:
         """Whether each output holds logits, for objectives that compare scores."""
-        objective, outputs = type(self.adv_config.objective).__name__, predictions
-        if isinstance(self.loss, Mapping):
-            names = sorted(outputs) if isinstance(outputs, Mapping) else ()
-            if not set(self.loss) <= set(names):
-                names = self.output_names
-            losses = [self.loss.get(name) for name in names]
-        else:
-            losses = tree.flatten(self.loss)
-        outputs = tree.flatten(outputs)
-        if len(losses) == 1:
-            losses = losses * len(outputs)
+        objective = type(self.adv_config.objective).__name__
+        losses = self._of_outputs(self.loss, predictions)
+        outputs = tree.flatten(predictions)
         found = [takes_logits(loss) for loss in losses]
         if len(found) != len(outputs) or None in found:
             raise ValueError(
@@ -646,6 +638,21 @@ class AdversarialRegularization(keras.Model):
                     f"of shape {tuple(output.shape)}"
                 )
         return [bool(form) for form in found]
+
+    def _loss_weights(self, predictions: Any) -> list[float]:
+        """The weight of each output in the loss, as `compile` received them."""
+        given = self._compile_loss._user_loss_weights
+        return self._of_outputs(1.0 if given is None else given, predictions)
+
+    def _of_outputs(self, values: Any, predictions: Any) -> list[Any]:
+        """Lists losses or their weights in the order of the outputs."""
+        if isinstance(values, Mapping):
+            names = sorted(predictions) if isinstance(predictions, Mapping) else ()
+            if not set(values) <= set(names):
+                names = self.output_names
+            return [values.get(name) for name in names]
+        listed = tree.flatten(values)
+        return listed * len(tree.flatten(predictions)) if len(listed) == 1 else listed
 
     def _override(self, overrides: dict[str, Any]) -> AdvNeighborConfig:
         fields = _neighbor_fields()

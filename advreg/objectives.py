@@ -27,6 +27,7 @@ class Output:
         adversarial_logits: The same for perturbed features.
         sample_weight: Weights of the examples, or `None`.
         predictions: What the model returned for perturbed features.
+        loss_weight: Weight of this output, of the `loss_weights` of `compile`.
     """
 
     labels: Tensor
@@ -34,9 +35,12 @@ class Output:
     adversarial_logits: Tensor
     sample_weight: Tensor | None
     predictions: Tensor
+    loss_weight: float = 1.0
 
     def mean(self, values: Tensor, weighted: bool = True) -> Tensor:
         """Averages as Keras's losses do: with sample weights, without masked steps.
+
+        Where there are several outputs, the mean has the weight of this one.
 
         Args:
             values: Tensor of the shape of the logits without their last axis.
@@ -44,8 +48,9 @@ class Output:
         """
         weights = self.sample_weight if weighted else None
         given = _Given(name="given", dtype=values.dtype)
+        mean = self.loss_weight * given(values, self.predictions, weights)
         # As a compiled loss, to which it may be added, whatever the model's dtype.
-        return ops.cast(given(values, self.predictions, weights), keras.config.floatx())
+        return ops.cast(mean, keras.config.floatx())
 
     def classes(self) -> Tensor:
         """The true classes as one-hot rows, in the shape and dtype of the logits."""

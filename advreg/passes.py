@@ -279,18 +279,20 @@ class Step:
             if len(weights) == 1:
                 weights = weights * len(after)
             made = []
-            for label, old, new, from_logits, w in zip(
+            for label, old, new, from_logits, w, loss_weight in zip(
                 self._per_output(self._y, adversarial),
                 before,
                 after,
                 model._takes_logits(adversarial),
                 weights,
+                model._loss_weights(adversarial),
                 strict=True,
             ):
                 logits = None if old is None else logits_of(old, from_logits)
                 if constant and logits is not None:
                     logits = ops.stop_gradient(logits)
-                made.append(Output(label, logits, logits_of(new, from_logits), w, new))
+                moved = logits_of(new, from_logits)
+                made.append(Output(label, logits, moved, w, new, loss_weight))
             return made
 
         return Batch(outputs, lambda: model._compile_loss(self._y, adversarial, weight))

@@ -325,27 +325,34 @@ def record(base, monkeypatch):
     return received
 
 
+@pytest.mark.parametrize("loss_weights", [None, [1.0, 0.25]])
 @pytest.mark.parametrize("by", ["place", "name", "key"])
-def test_the_divergence_of_several_outputs_is_their_sum(by, monkeypatch):
+def test_the_divergence_of_several_outputs_is_their_sum(by, loss_weights, monkeypatch):
     base = named_heads(dictionary=by == "key")
     kernels = base.get_weights()
     weights = [np.linspace(0, 1, 12), np.linspace(2, 0, 12)]
     y, loss, given = [Y, Y % 2], [from_logits(), from_logits()], weights
+    of_outputs = loss_weights
     if by == "name":
         y, loss = (dict(zip("za", v, strict=True)) for v in (y, loss))
+        if loss_weights:
+            of_outputs = dict(zip("za", loss_weights, strict=True))
     if by == "key":
         keys = ("one", "two")
         y, loss, given = (dict(zip(keys, v, strict=True)) for v in (y, loss, weights))
+        if loss_weights:
+            of_outputs = dict(zip(keys, loss_weights, strict=True))
     config = AdvRegConfig.trades(0.3, 2.0, iterations=1, init_radius=0.2)
-    model = regularized(base, config, loss, run_eagerly=True)
+    model = regularized(base, config, loss, run_eagerly=True, loss_weights=of_outputs)
     received = record(base, monkeypatch)
     logs = model.train_on_batch(X, y, given, return_dict=True)
     x_adv = received[-1]
     assert (np.abs(x_adv - X).max(axis=1) > 0.1).all()
     total = 0.0
-    for kernel, bias, w in zip(kernels[::2], kernels[1::2], weights, strict=True):
+    parts = (kernels[::2], kernels[1::2], weights, loss_weights or [1.0, 1.0])
+    for kernel, bias, w, loss_weight in zip(*parts, strict=True):
         p, q = (softmax_rows(at @ kernel + bias) for at in (X, x_adv))
-        total += np.mean(w * np.sum(p * np.log(p / q), -1))
+        total += loss_weight * np.mean(w * np.sum(p * np.log(p / q), -1))
     np.testing.assert_allclose(logs["scaled_adversarial_loss"], 2 * total, rtol=1e-4)
 
 
