@@ -70,8 +70,14 @@ def ramp(value, steps):
 
 
 def ramped(preset, **fields):
-    """A preset whose radius grows over the first half of the training."""
-    return lambda e, n: preset(ramp(e, n // 2), **RANGE, **fields)
+    """A preset whose radius grows, over the first half, to a tenth more than needed."""
+    return lambda e, n: preset(ramp(1.1 * e, n // 2), **RANGE, **fields)
+
+
+def single_step(preset, **fields):
+    """A preset of single steps, which wants more weight, and no average of weights."""
+    config = ramped(preset, multiplier=5.0, **fields)
+    return Recipe(config, peak=4e-3, average=0.0, seeds=3)
 
 
 RECIPES = {
@@ -82,9 +88,9 @@ RECIPES = {
         ),
         fixed=True,
     ),
-    "fgsm": Recipe(ramped(AdvRegConfig.fgsm), seeds=3),
-    "fast": Recipe(ramped(AdvRegConfig.fast), seeds=3),
-    "n_fgsm": Recipe(ramped(AdvRegConfig.n_fgsm), seeds=3),
+    "fgsm": single_step(AdvRegConfig.fgsm),
+    "fast": single_step(AdvRegConfig.fast),
+    "n_fgsm": single_step(AdvRegConfig.n_fgsm),
     "pgd": Recipe(ramped(AdvRegConfig.pgd)),
     "madry": Recipe(ramped(AdvRegConfig.pgd, clean_weight=0.0)),
     "trades": Recipe(ramped(AdvRegConfig.trades)),
