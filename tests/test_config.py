@@ -42,6 +42,7 @@ def test_defaults_are_those_of_nsl():
         "pgd_epsilon": None,
         "random_init": False,
         "init_radius": None,
+        "power_iterations": 0,
     }
     assert AdvRegConfig().multiplier == 0.2
     assert AdvRegConfig().objective == LabeledLoss()
