@@ -1,0 +1,22 @@
+"""The explorer: a page on which pictures are perturbed, and networks watched.
+
+`SideBySide` attacks models with a picture and knows no page; `serve` opens the page.
+"""
+
+from advreg.explorer.examples import Examples, load_examples
+from advreg.explorer.page import serve
+from advreg.explorer.pictures import Picture, PictureError, read_picture
+from advreg.explorer.side_by_side import ATTACKS, Side, SideBySide, picture_shape
+
+__all__ = [
+    "ATTACKS",
+    "Examples",
+    "Picture",
+    "PictureError",
+    "Side",
+    "SideBySide",
+    "load_examples",
+    "picture_shape",
+    "read_picture",
+    "serve",
+]
