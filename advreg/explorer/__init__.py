@@ -4,8 +4,8 @@
 """
 
 from advreg.explorer.examples import Examples, load_examples
-from advreg.explorer.page import serve
-from advreg.explorer.pictures import Picture, PictureError, read_picture
+from advreg.explorer.page import check_installed, serve
+from advreg.explorer.pictures import Picture, PictureError, Shape, read_picture
 from advreg.explorer.side_by_side import ATTACKS, Side, SideBySide, picture_shape
 
 __all__ = [
@@ -13,8 +13,10 @@ __all__ = [
     "Examples",
     "Picture",
     "PictureError",
+    "Shape",
     "Side",
     "SideBySide",
+    "check_installed",
     "load_examples",
     "picture_shape",
     "read_picture",

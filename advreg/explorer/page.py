@@ -31,6 +31,16 @@ _ENVIRONMENT = {
 }
 
 
+def check_installed() -> None:
+    """Checks that the page can be opened.
+
+    Raises:
+        ImportError: The extra `app` is not installed.
+    """
+    for module in ("gradio", "PIL.Image"):
+        import_extra(module, "app")
+
+
 @contextmanager
 def serve(
     models: SideBySide,
@@ -172,9 +182,11 @@ def _blocks(gradio: Any, models: SideBySide, examples: Examples, folder: Path) -
                     height=150,
                     elem_id="upload",
                 )
-                message = gradio.HTML(elem_id="message")
+                message = gradio.HTML(elem_id="message", padding=False)
             with gradio.Column(scale=4, min_width=420):
-                gradio.HTML('<span class="adv-label">Choose a picture</span>')
+                gradio.HTML(
+                    '<span class="adv-label">Choose a picture</span>', padding=False
+                )
                 gallery = gradio.Gallery(
                     [thumbnail(one.pixels) for one in examples.pictures],
                     show_label=False,
@@ -186,7 +198,7 @@ def _blocks(gradio: Any, models: SideBySide, examples: Examples, folder: Path) -
                     buttons=[],
                     elem_id="examples",
                 )
-                result = gradio.HTML(elem_id="result")
+                result = gradio.HTML(elem_id="result", padding=False)
 
         shown = {
             "fn": show,

@@ -163,7 +163,7 @@ class SideBySide:
             )
         x = (self._low + self._width * pixels[None]).astype("float32")
         made, options = ATTACKS[attack]
-        limits = {
+        limits: dict[str, Any] = {
             "clip_value_min": self._low,
             "clip_value_max": self._low + self._width,
         }

@@ -14,9 +14,10 @@ _CLASSES_SHOWN = 3
 
 STYLE = """
 .adv-label {font-size: .9rem; font-weight: 600; color: var(--body-text-color)}
-#examples {border: none; overflow: visible; background: none; box-shadow: none}
+#examples {border-width: 0 !important; background: none; box-shadow: none}
 #examples .grid-wrap {min-height: 0; max-height: none; padding: 0; overflow: visible}
-#examples .grid-container {padding: 0; gap: .5rem;
+#examples .grid-container {padding: 3px 0; gap: .5rem; grid-template-rows: none;
+  grid-auto-rows: auto; height: auto;
   grid-template-columns: repeat(12, minmax(2.5rem, 5rem))}
 #examples .thumbnail-item {width: 100%; height: auto; aspect-ratio: 1; cursor: pointer}
 @media (max-width: 60rem) {
@@ -112,14 +113,18 @@ def _side(
 ) -> str:
     mark, verdict = _verdict(side, picture)
     small = min(side.clean.shape[:2]) < 128
-    times = f"magnified {1 / largest:.3g} times" if largest else "none"
+    times = f" × {_short(1 / largest)}" if largest else ""
     panels = "".join(
         f'<figure><img class="{"adv-small" if small else ""}" src="{as_png(pixels)}" '
         f'alt="{what}"><figcaption><span class="adv-quiet">{what}</span><br>{says}'
         "</figcaption></figure>"
         for what, says, pixels in (
             ("clean", _seen(side.on_clean, side, class_names), side.clean),
-            ("perturbation", times, magnified(side.change, largest)),
+            (
+                f"perturbation{times}",
+                f"up to ±{_short(float(np.abs(side.change).max()))}",
+                magnified(side.change, largest),
+            ),
             ("perturbed", _seen(side.on_perturbed, side, class_names), side.perturbed),
         )
     )
@@ -180,11 +185,21 @@ def _percent(share: float) -> str:
 
 
 def _length(side: Side) -> str:
-    """How far the picture has moved, in the units of the pixels."""
+    """How far the picture has moved, in each norm."""
     change = np.abs(side.change)
-    if not change.any():
-        return "No pixel is perturbed."
+    lengths = change.max(), np.sqrt((change**2).sum()), change.sum()
+    return "Length of the perturbation, white being 1: " + ", ".join(
+        f"{norm} {_short(float(length))}"
+        for norm, length in zip(("L∞", "L2", "L1"), lengths, strict=True)
+    )
+
+
+def _short(number: float) -> str:
+    """A number in two digits, or more before the point, and without an exponent."""
+    if number >= 10:
+        return f"{number:,.0f}"
     return (
-        f"No value moves by more than {change.max():.3g} of the range from black to "
-        f"white; L2 {np.sqrt((change**2).sum()):.3g}, L1 {change.sum():.3g}."
+        f"{number:.1f}"
+        if number >= 1
+        else f"{float(f'{number:.2g}'):.4f}".rstrip("0").rstrip(".")
     )
