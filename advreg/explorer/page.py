@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -37,8 +38,10 @@ def check_installed() -> None:
     Raises:
         ImportError: The extra `app` is not installed.
     """
-    for module in ("gradio", "PIL.Image"):
-        import_extra(module, "app")
+    # Looked for and not imported: it makes directories where its environment says so.
+    for module in ("gradio", "PIL"):
+        if importlib.util.find_spec(module) is None:
+            import_extra(module, "app")
 
 
 @contextmanager
@@ -150,6 +153,7 @@ def _blocks(gradio: Any, models: SideBySide, examples: Examples, folder: Path) -
         chosen = symbol if symbol in choices else choices[0]
         return gradio.Radio(choices=choices, value=chosen)
 
+    bare = {"padding": False, "elem_classes": "adv-bare"}
     with gradio.Blocks(
         title="advreg explorer",
         analytics_enabled=False,
@@ -182,11 +186,9 @@ def _blocks(gradio: Any, models: SideBySide, examples: Examples, folder: Path) -
                     height=150,
                     elem_id="upload",
                 )
-                message = gradio.HTML(elem_id="message", padding=False)
+                message = gradio.HTML(elem_id="message", **bare)
             with gradio.Column(scale=4, min_width=420):
-                gradio.HTML(
-                    '<span class="adv-label">Choose a picture</span>', padding=False
-                )
+                gradio.HTML('<span class="adv-label">Choose a picture</span>', **bare)
                 gallery = gradio.Gallery(
                     [thumbnail(one.pixels) for one in examples.pictures],
                     show_label=False,
@@ -198,7 +200,7 @@ def _blocks(gradio: Any, models: SideBySide, examples: Examples, folder: Path) -
                     buttons=[],
                     elem_id="examples",
                 )
-                result = gradio.HTML(elem_id="result", padding=False)
+                result = gradio.HTML(elem_id="result", **bare)
 
         shown = {
             "fn": show,

@@ -77,14 +77,13 @@ def read_picture(content: bytes, name: str, shape: Shape) -> Picture:
             warnings.simplefilter("ignore")
             image = pillow.open(io.BytesIO(content), formats=FORMATS)
             if image.width * image.height > _MOST_PIXELS:
-                raise PictureError(
-                    f"“{name}” has {image.width}×{image.height} pixels, and "
-                    f"{_MOST_PIXELS // 1_000_000} million are the most that is read. "
-                    "Choose a smaller image."
-                )
+                raise pillow.DecompressionBombError
             return _fitted(image, name, shape)
-    except PictureError:
-        raise
+    except pillow.DecompressionBombError:  # Pillow's own, for the very large.
+        raise PictureError(
+            f"“{name}” has more than {_MOST_PIXELS // 1_000_000} million pixels. "
+            "Choose a smaller image."
+        ) from None
     except pillow.UnidentifiedImageError:
         raise PictureError(
             f"“{name}” is no image. Choose a {', '.join(FORMATS[:-1])} or "

@@ -14,6 +14,7 @@ _CLASSES_SHOWN = 3
 
 STYLE = """
 .adv-label {font-size: .9rem; font-weight: 600; color: var(--body-text-color)}
+.adv-bare, .adv-bare .html-container {padding: 0 !important}
 #examples {border-width: 0 !important; background: none; box-shadow: none}
 #examples .grid-wrap {min-height: 0; max-height: none; padding: 0; overflow: visible}
 #examples .grid-container {padding: 3px 0; gap: .5rem; grid-template-rows: none;
@@ -27,7 +28,7 @@ STYLE = """
 .adv-picture {margin: .25rem 0 .75rem; color: var(--body-text-color)}
 .adv-picture b {font-weight: 600}
 .adv-sides {display: grid; gap: 1rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr))}
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr))}
 .adv-side {border: 1px solid var(--border-color-primary); border-radius: 10px;
   padding: 1rem; background: var(--background-fill-primary);
   color: var(--body-text-color); max-width: 44rem}
