@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import shutil
 import tempfile
@@ -99,10 +100,23 @@ def serve(
             try:
                 yield url
             finally:
+                blocks.server.force_exit = (
+                    True  # Pages that are open do not hold it up.
+                )
                 blocks.close(verbose=False)
         finally:
             os.environ.clear()
             os.environ.update(before)
+
+
+def _close(blocks: Any) -> None:
+    """Ends the server, whether pages are open or not."""
+    logger = logging.getLogger("uvicorn.error")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # It would lament each task that is cut off.
+    blocks.server.force_exit = True
+    blocks.close(verbose=False)
+    logger.setLevel(level)
 
 
 def _blocks(gradio: Any, models: SideBySide, examples: Examples, folder: Path) -> Any:
