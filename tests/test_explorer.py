@@ -388,8 +388,8 @@ def test_the_page_says_what_happened():
     assert "✗ fooled" in falls
     assert "✗ wrong already" in wrong
     # All are magnified alike, and each says how far it went.
-    assert "perturbation × 4.0<" in holds
-    assert "perturbation × 4.0<" in falls
+    assert "perturbation ×&nbsp;4.0<" in holds
+    assert "perturbation ×&nbsp;4.0<" in falls
     assert "up to ±0.25" in holds
     assert "up to ±0.2" in falls
     # The attacked class is shown, even where it has become the last.

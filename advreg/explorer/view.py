@@ -114,7 +114,7 @@ def _side(
 ) -> str:
     mark, verdict = _verdict(side, picture)
     small = min(side.clean.shape[:2]) < 128
-    times = f" × {_short(1 / largest)}" if largest else ""
+    times = f" ×&nbsp;{_short(1 / largest)}" if largest else ""
     panels = "".join(
         f'<figure><img class="{"adv-small" if small else ""}" src="{as_png(pixels)}" '
         f'alt="{what}"><figcaption><span class="adv-quiet">{what}</span><br>{says}'
@@ -190,7 +190,7 @@ def _length(side: Side) -> str:
     change = np.abs(side.change)
     lengths = change.max(), np.sqrt((change**2).sum()), change.sum()
     return "Length of the perturbation, white being 1: " + ", ".join(
-        f"{norm} {_short(float(length))}"
+        f"{norm}&nbsp;{_short(float(length))}"
         for norm, length in zip(("L∞", "L2", "L1"), lengths, strict=True)
     )
 
