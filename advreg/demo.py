@@ -269,21 +269,17 @@ def run(
     settings = DemoSettings() if settings is None else settings
     plots.figure_class()  # Without Matplotlib, fail before training, not after.
     data = datasets.load(settings.dataset)
-    recipe = recipe_for(settings.dataset)
+    networks, seconds = train_pair(data, settings, verbose)
 
     say = print if verbose != 0 else _say_nothing
-    plain, regularised = _twins(recipe, data, settings)
-    say(f"Training the {PLAIN} network on {data.name}")
-    plain_seconds = _train(plain, data, recipe, settings, verbose)
-    say(f"Training the {REGULARISED} network on {data.name}")
-    regularised_seconds = _train(regularised, data, recipe, settings, verbose)
-
     say(f"Attacking both on {len(data.x_test):,} test images\n")
-    networks = {PLAIN: plain, REGULARISED: regularised.base_model}
-    seconds = {PLAIN: plain_seconds, REGULARISED: regularised_seconds}
     fgsm, _ = _attacks(settings)
     on_plain = fgsm(
-        plain, data.x_test, data.y_test, batch_size=_ATTACK_BATCH, early_stop=False
+        networks[PLAIN],
+        data.x_test,
+        data.y_test,
+        batch_size=_ATTACK_BATCH,
+        early_stop=False,
     )
     results = _measure(networks, data, on_plain, settings, seconds)
 
@@ -291,7 +287,7 @@ def run(
     directory.mkdir(parents=True, exist_ok=True)
     result = DemoResult(
         settings=settings,
-        batch_size=recipe.batch_size,
+        batch_size=recipe_for(settings.dataset).batch_size,
         test_images=len(data.x_test),
         networks=results,
         figure=directory / "perturbations.png",
@@ -300,6 +296,33 @@ def run(
     text = json.dumps(result.to_dict(), indent=2)
     (directory / "results.json").write_text(f"{text}\n", encoding="utf-8")
     return result
+
+
+def train_pair(
+    data: datasets.ImageDataset, settings: DemoSettings, verbose: int | str = "auto"
+) -> tuple[dict[str, keras.Model], dict[str, float]]:
+    """Trains a plain and a regularised copy of a network.
+
+    Args:
+        data: The dataset that the settings name.
+        settings: The `DemoSettings`.
+        verbose: How much Keras shows of the training, as in `fit`; 0 for nothing.
+
+    Returns:
+        The networks, plain Keras models whose outputs are logits, and the seconds that
+        an epoch took: two dictionaries by `PLAIN` and `REGULARISED`.
+
+    Example:
+    >>> networks, _ = train_pair(datasets.load("digits"), DemoSettings())
+    """
+    say = print if verbose != 0 else _say_nothing
+    recipe = recipe_for(settings.dataset)
+    plain, regularised = _twins(recipe, data, settings)
+    seconds = {}
+    for name, model in ((PLAIN, plain), (REGULARISED, regularised)):
+        say(f"Training the {name} network on {data.name}")
+        seconds[name] = _train(model, data, recipe, settings, verbose)
+    return {PLAIN: plain, REGULARISED: regularised.base_model}, seconds
 
 
 def format_table(networks: Mapping[str, NetworkResult]) -> str:

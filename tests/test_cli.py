@@ -1,9 +1,12 @@
+import contextlib
 import dataclasses
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 
 import keras
 import numpy as np
@@ -16,6 +19,7 @@ from advreg import (
     datasets,
     demo,
     evaluate_robustness,
+    explorer,
 )
 from advreg.attacks import FGSM, PGD
 from advreg.report import RobustnessReport
@@ -453,6 +457,138 @@ def test_a_dataset_that_evaluate_does_not_know(model_file, capsys):
     pytest.importorskip("tensorflow_datasets")
     error = refused(capsys, model_file, "--dataset", "nosuchdata", status=1)
     assert "'nosuchdata'" in error
+
+
+# advreg explore
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Collects what reaches the page, which is not opened."""
+    pages = []
+
+    @contextlib.contextmanager
+    def serve(sides, examples, **address):
+        pages.append((sides, examples, address))
+        yield "http://there/"
+
+    monkeypatch.setattr(explorer, "check_installed", lambda: None)
+    monkeypatch.setattr(explorer, "serve", serve)
+    monkeypatch.setattr(cli, "_wait_for_the_end", lambda: None)
+    return pages
+
+
+def explore(*arguments):
+    return cli.main(["explore", *map(str, arguments)])
+
+
+def test_explore_opens_saved_models(opened, model_file, tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    wrapped = tmp_path / "wrapped.keras"
+    save(wrapped, wrap=True)
+    assert explore(model_file, wrapped, "--dataset", "digits") == 0
+    ((sides, examples, address),) = opened
+    assert sides.names == (model_file.stem, "wrapped")
+    assert (sides.shape, sides.classes) == ((8, 8, 1), 10)
+    assert [one.label for one in examples.pictures[:10]] == list(range(10))
+    assert address == {"host": "127.0.0.1", "port": None}
+    out = capsys.readouterr().out
+    assert out == "The explorer is at http://there/ (Ctrl-C ends it)\n"
+
+    options = "--host 0.0.0.0 --port 81 --pixel-range 0 255 --from-logits"
+    assert explore(model_file, *options.split()) == 0
+    sides, examples, address = opened[1]
+    assert sides.radius("infinity") == pytest.approx(0.15 * 255)
+    assert {one.label for one in examples.pictures} == {None}
+    assert address == {"host": "0.0.0.0", "port": 81}
+    assert "Whoever reaches this machine can use it" in capsys.readouterr().out
+
+
+def test_explore_trains_the_pair_of_the_demo(opened, monkeypatch):
+    pytest.importorskip("sklearn")
+    trained = []
+
+    def train(model, data, recipe, settings, verbose):
+        trained.append((model, data.name, settings, verbose))
+        return 1.0
+
+    monkeypatch.setattr(demo, "_train", train)
+    assert explore("--seed", 3) == 0
+    ((sides, examples, _),) = opened
+    assert sides.names == ("plain", "regularised")
+    assert examples.pictures[0].label == 0
+    assert isinstance(trained[1][0], AdversarialRegularization)
+    for _, name, settings, verbose in trained:
+        assert (name, settings) == ("digits", demo.DemoSettings(seed=3))
+        assert verbose == "auto"  # With Keras's progress bar.
+
+
+def test_models_of_one_name_are_told_apart(opened, tmp_path):
+    pytest.importorskip("sklearn")
+    paths = [tmp_path / folder / "model.keras" for folder in "ab"]
+    for path in paths:
+        path.parent.mkdir()
+        save(path)
+    assert explore(*paths) == 0
+    assert opened[0][0].names == tuple(map(str, paths))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("a b c", "two models at most. Received: 3"),
+        ("--port 0", "--port must lie between 1 and 65535. Received: 0"),
+        ("--port 70000", "--port must lie between 1 and 65535. Received: 70000"),
+        ("a --pixel-range 1 0", "--pixel-range must be two numbers that grow"),
+        ("--pixel-range 0 255", "--pixel-range is for a MODEL.keras"),
+        ("--seed -1", "--seed must lie between 0 and 2**32 - 1. Received: -1"),
+    ],
+)
+def test_wrong_options_of_explore(options, message, opened, untrained, capsys):
+    with pytest.raises(SystemExit) as raised:
+        explore(*options.split())
+    assert raised.value.code == 2
+    assert f"error: {message}" in capsys.readouterr().err
+    assert not opened
+
+
+def test_models_that_explore_refuses(opened, tmp_path, capsys):
+    pytest.importorskip("sklearn")
+
+    def error(*arguments):
+        assert explore(*arguments) == 1
+        assert not opened
+        return capsys.readouterr().err.partition("error: ")[2]
+
+    assert "which is absent" in error(tmp_path / "none.keras")
+    flat = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3)])
+    flat.save(tmp_path / "flat.keras")
+    assert error(tmp_path / "flat.keras").startswith("The model must classify images")
+    save(tmp_path / "small.keras", width=9)
+    save(tmp_path / "large.keras", shape=(28, 28, 1), width=9)
+    assert error(tmp_path / "small.keras", tmp_path / "large.keras") == (
+        "The models must take the same pictures, to stand side by side. Received: "
+        "small takes (8, 8, 1), large takes (28, 28, 1)\n"
+    )
+    save(tmp_path / "few.keras", width=3)
+    assert "10 classes of 'digits'" in error(
+        tmp_path / "few.keras", "--dataset", "digits"
+    )
+
+
+def test_explore_names_its_extra(untrained, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert explore() == 1
+    assert "advreg[app]" in capsys.readouterr().err
+
+
+def test_explore_waits_for_a_signal(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    cli._wait_for_the_end()
+    assert signal.getsignal(signal.SIGTERM) == before
+    timer.join()
 
 
 # advreg migrate

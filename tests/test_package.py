@@ -49,11 +49,14 @@ def test_types_are_shipped():
     assert (pathlib.Path(advreg.__file__).parent / "py.typed").exists()
 
 
-def test_importing_loads_no_extra():
+@pytest.mark.parametrize("module", ["advreg", "advreg.cli"])
+def test_importing_loads_no_extra(module):
     # Keras itself loads Matplotlib where it is installed: what advreg adds counts.
-    extras = ("matplotlib", "sklearn", "tensorflow_datasets", "art", "gradio", "libcst")
+    extras = ("matplotlib", "sklearn", "tensorflow_datasets", "art", "gradio", "PIL")
+    extras += ("libcst",)
     code = (
-        "import sys, keras, tensorflow; before = set(sys.modules); import advreg\n"
+        "import sys, keras, tensorflow; before = set(sys.modules); "
+        f"import {module}\n"
         f"new = set(sys.modules) - before; extras = {extras}\n"
         "print(sorted(m for m in new if m.split('.')[0] in extras))"
     )
