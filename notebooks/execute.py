@@ -5,8 +5,8 @@
 In full, outputs are stored in the notebooks, without what is of this machine: paths,
 addresses, times of execution, TensorFlow's messages at its start. With `--fast` the
 same code runs with small settings (it finds `NOTEBOOK_FAST` in its environment) and
-nothing is stored. Either way an error, or anything that is written to stderr, such as a
-warning, fails the notebook, and with it the run; such a notebook stays as it was.
+nothing is stored. Either way an error, a logged warning, or anything that is written to
+stderr fails the notebook, and with it the run; such a notebook stays as it was.
 
 NAME is a notebook of this folder, `01_quickstart` or just `01`, or the path of a file;
 by default all are executed. Needs the extra `notebooks`. They run on the code of this
@@ -46,6 +46,8 @@ START_UP = re.compile(
     )(\n|$)""",
     re.MULTILINE | re.VERBOSE,
 )
+# In a notebook TensorFlow logs to stdout.
+WARNING = re.compile(r"^WARNING:", re.MULTILINE)
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -112,7 +114,7 @@ def execute(path, fast=False):
     """Executes a notebook, and returns it with clean outputs.
 
     Raises:
-        NotebookError: A cell raised an exception or wrote to stderr.
+        NotebookError: A cell raised an exception, logged a warning or wrote to stderr.
     """
     notebook = read(path)
     for cell in notebook.cells:
@@ -140,10 +142,10 @@ def execute(path, fast=False):
         for cell in notebook.cells:
             clean(cell, work)
     complaints = [
-        f"Cell {number} wrote to stderr:\n{output.text}"
+        f"Cell {number} wrote to {output.name}:\n{output.text}"
         for number, cell in enumerate(notebook.cells, 1)
         for output in cell.get("outputs", ())
-        if output.get("name") == "stderr"
+        if output.get("name") == "stderr" or WARNING.search(output.get("text", ""))
     ]
     if complaints:
         raise NotebookError("\n".join(complaints))

@@ -178,9 +178,16 @@ def test_runner_fails_on_an_error_and_goes_on(runner, store, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (
+        pytest.param(
             "import warnings\nwarnings.warn('beware')",
             r"Cell 2 wrote to stderr:\n.*UserWarning: beware",
+            id="warning",
+        ),
+        pytest.param(
+            "print('WARNING:tensorflow:5 out of the last 15 calls')",
+            "Cell 2 wrote to stdout",
+            marks=pytest.mark.slow,
+            id="log",
         ),
         pytest.param(
             "import os\nos._exit(1)", "Kernel died", marks=pytest.mark.slow, id="death"
