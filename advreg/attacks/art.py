@@ -673,6 +673,8 @@ def _evasion() -> Any:
     """Imports ART's attacks, which warn of PyTorch that is not installed."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "PyTorch not found")
+        # Of progress bars, in a notebook without ipywidgets.
+        warnings.filterwarnings("ignore", "IProgress not found")
         return import_extra("art.attacks.evasion", _EXTRA)
 
 
