@@ -199,8 +199,12 @@ def clean(cell, work):
 
 
 def anonymous(text, work):
-    """Takes start-up messages, addresses and folders of this machine out of a text."""
-    text = re.sub(r" at 0x[0-9a-fA-F]+", "", START_UP.sub("", text))
+    """Takes start-up messages, addresses and folders of this machine out of a text.
+
+    And colours, which a notebook shows but whoever reads its file does not.
+    """
+    text = COLOUR.sub("", START_UP.sub("", text))
+    text = re.sub(r" at 0x[0-9a-fA-F]+", "", text)
     for folder, name in (
         (os.path.realpath(work), "."),
         (work, "."),
