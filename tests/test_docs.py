@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib
 import pathlib
 import re
 
@@ -14,6 +15,7 @@ from test_parity import CASES
 
 import advreg
 from advreg import attacks, honesty
+from advreg.objectives import OBJECTIVES
 from advreg.presets import Presets
 
 TESTS = pathlib.Path(__file__).parent
@@ -98,3 +100,28 @@ def test_the_recipes_name_all_presets():
     page = (TESTS.parent / "docs" / "recipes.md").read_text()
     rows = re.findall(r"^\| `(\w+)\(", page, re.MULTILINE)
     assert sorted(rows) == sorted(n for n in vars(Presets) if n[0] != "_")
+
+
+def entries_of_the_reference():
+    pages = (TESTS.parent / "docs" / "reference").glob("*.md")
+    text = "".join(page.read_text() for page in pages)
+    return re.findall(r"^::: (\S+)", text, re.MULTILINE)
+
+
+def test_the_reference_has_all_public_names():
+    named = entries_of_the_reference()
+    spaces = {"attacks", "callbacks"}
+    public = {f"advreg.{n}" for n in advreg.__all__ if n[0] != "_" and n not in spaces}
+    public |= {f"advreg.attacks.{name}" for name in attacks.__all__}
+    public |= {f"advreg.objectives.{kind.__name__}" for kind in OBJECTIVES.values()}
+    assert public <= set(named)
+    assert len(named) == len(set(named))
+
+
+def test_each_entry_of_the_reference_and_of_the_site_exists():
+    for name in entries_of_the_reference():
+        module, _, attribute = name.rpartition(".")
+        assert getattr(importlib.import_module(module), attribute).__doc__
+    nav = (TESTS.parent / "mkdocs.yml").read_text()
+    listed = set(re.findall(r"notebooks/(\S+\.ipynb)", nav))
+    assert listed == {p.name for p in (TESTS.parent / "notebooks").glob("*.ipynb")}

@@ -1,0 +1,56 @@
+"""What the site needs beside its pages.
+
+As a hook of MkDocs it makes pages of what stands outside of `docs`: the README, the
+tutorials, and others. As an extension of Griffe it finds the examples of docstrings.
+"""
+
+import re
+import textwrap
+from pathlib import Path
+
+import griffe
+from mkdocs.plugins import event_priority
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "notebooks": "notebooks/01_quickstart.ipynb",
+}
+
+
+@event_priority(100)  # Before the plugin that looks for notebooks.
+def on_files(files, config):
+    """Adds the pages to those that were found."""
+    for source, page in PAGES.items():
+        if source.endswith(".md"):
+            text = (ROOT / source).read_text(encoding="utf-8")
+            files.append(File.generated(config, page, content=relinked(text)))
+    for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        path = notebook.relative_to(ROOT).as_posix()
+        files.append(File(path, str(ROOT), config.site_dir, config.use_directory_urls))
+    return files
+
+
+def relinked(text):
+    """Points links from the root of the repository to the pages of the site."""
+
+    def page(link):
+        target = link[1]
+        return f"]({PAGES.get(target, target.removeprefix('docs/'))})"
+
+    return re.sub(r"\]\(([^)#:]+)\)", page, text)
+
+
+class Examples(griffe.Extension):
+    """Reads the examples of Keras's docstrings as those of Google's style."""
+
+    def on_instance(self, *, obj, **kwargs):
+        """Changes the docstring of an object, where it ends in an example."""
+        if obj.docstring is not None:
+            text, heading, example = obj.docstring.value.partition("\nExample:\n")
+            if heading:
+                example = textwrap.indent(example, "    ")
+                obj.docstring.value = f"{text}\nExamples:\n{example}"
