@@ -343,7 +343,6 @@ class TestRegression:
             keras.losses.mean_squared_error,
             [keras.losses.LogCosh()],
         ],
-        ids=str,
     )
     @pytest.mark.parametrize("trailing", [(), (1,)])
     def test_fgsm(self, loss, trailing):
