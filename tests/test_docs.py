@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib
+import json
 import pathlib
 import re
 
@@ -100,6 +101,23 @@ def test_the_recipes_name_all_presets():
     page = (TESTS.parent / "docs" / "recipes.md").read_text()
     rows = re.findall(r"^\| `(\w+)\(", page, re.MULTILINE)
     assert sorted(rows) == sorted(n for n in vars(Presets) if n[0] != "_")
+
+
+def test_the_recipes_show_the_rows_that_are_kept():
+    page = (TESTS.parent / "docs" / "recipes.md").read_text()
+    rows = json.loads(
+        (TESTS.parent / "benchmarks" / "robustness_table.json").read_text()
+    )
+    measured = [
+        f"| `{row['preset']}` | {row['epsilon']} | {row['seed']} | "
+        + " | ".join(
+            f"{100 * row[name]:.1f} %" for name in ("clean", "PGD-40 ×5", "AutoAttack")
+        )
+        + " |"
+        for row in rows
+    ]
+    shown = re.findall(r"^\| `\w+` \| 0\..*$", page, re.MULTILINE)
+    assert shown == measured
 
 
 def entries_of_the_reference():
