@@ -1,6 +1,7 @@
 """The tutorials as they are stored, and the runner that executes them."""
 
 import importlib.util
+import itertools
 import json
 import re
 from pathlib import Path
@@ -122,6 +123,14 @@ class TestStored:
     def test_has_a_fast_form(self, path):
         source = "".join("".join(cell["source"]) for cell in code_cells(path))
         assert 'os.environ.get("NOTEBOOK_FAST")' in source
+
+
+def test_formulas_need_no_tex():
+    """The site has nothing that draws them."""
+    for path in TUTORIALS:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        texts = [cell["source"] for cell in cells if cell["cell_type"] == "markdown"]
+        assert "$" not in "".join(itertools.chain(*texts)), path.name
 
 
 def test_links_between_tutorials_lead_somewhere():
