@@ -24,6 +24,7 @@ from advreg.packing import Features
 from advreg.perturbation import differentiable, select
 from advreg.report import (
     INTERRUPTED,
+    OF_EACH_FEATURE,
     Accuracy,
     Check,
     RobustnessReport,
@@ -422,4 +423,4 @@ def _shown(attack: Any, name: str) -> str:
     value = getattr(attack, name, None)
     if value is None:
         return ""
-    return f"{value:g}" if is_number(value) else "that of each feature"
+    return f"{value:g}" if is_number(value) else OF_EACH_FEATURE

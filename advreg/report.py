@@ -18,6 +18,7 @@ from advreg.tables import html_table, text_table
 _Z95 = 1.959963984540054  # The normal law holds 95 % between -z and z.
 _VERSION = 1
 INTERRUPTED = "interrupted"
+OF_EACH_FEATURE = "that of each feature"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -336,7 +337,9 @@ def in_words(
     else:
         low, high = next(iter(ranges), ("", ""))
         text += (
-            f", inside the range from {low or '-∞'} to {high or '∞'}."
+            ", inside the range of each feature."
+            if low == high == OF_EACH_FEATURE
+            else f", inside the range from {low or '-∞'} to {high or '∞'}."
             if low or high
             else ", and take any value."
         )

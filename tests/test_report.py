@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from advreg.report import INTERRUPTED, Accuracy, Check, RobustnessReport, in_words
+from advreg.report import (
+    INTERRUPTED,
+    Accuracy,
+    Check,
+    RobustnessReport,
+    in_words,
+)
+from advreg.report import OF_EACH_FEATURE as EACH
 
 
 def line(name="PGD-40", correct=30, examples=40, **kwargs):
@@ -350,6 +357,8 @@ def test_the_threat_model_names_balls_range_and_knowledge():
         ({("", "")}, ", and take any value."),
         ({("0", "")}, ", inside the range from 0 to ∞."),
         ({("", "255")}, ", inside the range from -∞ to 255."),
+        ({("0", EACH)}, ", inside the range from 0 to that of each feature."),
+        ({(EACH, EACH)}, ", inside the range of each feature."),
         ({("0", "1"), ("", "")}, ", inside the range of each attack, which are not"),
     ],
 )
