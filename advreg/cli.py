@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +169,28 @@ def _run_demo(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     return 0
 
 
+def _told(
+    parser: argparse.ArgumentParser,
+    run: Callable[[argparse.ArgumentParser, argparse.Namespace], None],
+    args: argparse.Namespace,
+) -> int:
+    """Runs a sub-command, and tells in a line what files or models stand against."""
+    try:
+        run(parser, args)
+    except BrokenPipeError:
+        raise  # It is of the output, for `main`.
+    except (
+        OSError,
+        TypeError,
+        ValueError,
+        ImportError,
+        tf.errors.InvalidArgumentError,
+    ) as error:
+        print(f"{parser.prog}: error: {_as_options(str(error))}", file=sys.stderr)
+        return 1
+    return 0
+
+
 def _add_evaluate(commands: Any) -> None:
     parser = commands.add_parser(
         "evaluate",
@@ -258,10 +280,10 @@ def _add_evaluate(commands: Any) -> None:
         metavar="FILE",
         help="draw accuracy against radius into a file, such as report.png",
     )
-    parser.set_defaults(run=lambda args: _run_evaluate(parser, args))
+    parser.set_defaults(run=lambda args: _told(parser, _run_evaluate, args))
 
 
-def _run_evaluate(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+def _run_evaluate(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     low, high = args.pixel_range
     try:
         chosen = _chosen_attacks(args)
@@ -275,43 +297,30 @@ def _run_evaluate(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
             parser.error(
                 f"{option} must be a file in a directory that exists. Received: {path}"
             )
-    try:
-        if args.figure is not None:
-            # Without Matplotlib, or for a format that it cannot write, fail before the
-            # attack.
-            plots.check_format(args.figure)
-        model = _load(args.model)
-        data = datasets.load(args.dataset)
-        x, y = data.x_test[: args.examples], data.y_test[: args.examples]
-        _check_fits(model, x, args)
-        if (low, high) != (0.0, 1.0):
-            x = (low + (high - low) * x).astype("float32")
-        report = evaluate_robustness(
-            model,
-            x,
-            y,
-            attacks=chosen,
-            epsilons=_radii(args),
-            batch_size=args.batch_size,
-            from_logits=args.from_logits,
-        )
-        print(f"\n{report}")
-        if args.json is not None:
-            args.json.write_text(f"{report.to_json()}\n", encoding="utf-8")
-        if args.figure is not None:
-            report.plot().figure.savefig(args.figure, dpi=150)
-    except BrokenPipeError:
-        raise  # It is of the output, for `main`.
-    except (
-        OSError,
-        TypeError,
-        ValueError,
-        ImportError,
-        tf.errors.InvalidArgumentError,
-    ) as error:
-        print(f"{parser.prog}: error: {_as_options(str(error))}", file=sys.stderr)
-        return 1
-    return 0
+    if args.figure is not None:
+        # Without Matplotlib, or for a format that it cannot write, fail before the
+        # attack.
+        plots.check_format(args.figure)
+    model = _load(args.model)
+    data = datasets.load(args.dataset)
+    x, y = data.x_test[: args.examples], data.y_test[: args.examples]
+    _check_fits(model, x, args)
+    if (low, high) != (0.0, 1.0):
+        x = (low + (high - low) * x).astype("float32")
+    report = evaluate_robustness(
+        model,
+        x,
+        y,
+        attacks=chosen,
+        epsilons=_radii(args),
+        batch_size=args.batch_size,
+        from_logits=args.from_logits,
+    )
+    print(f"\n{report}")
+    if args.json is not None:
+        args.json.write_text(f"{report.to_json()}\n", encoding="utf-8")
+    if args.figure is not None:
+        report.plot().figure.savefig(args.figure, dpi=150)
 
 
 def _add_explore(commands: Any) -> None:
@@ -368,10 +377,10 @@ def _add_explore(commands: Any) -> None:
         default=0,
         help="seed of the training, without a model (default: %(default)s)",
     )
-    parser.set_defaults(run=lambda args: _run_explore(parser, args))
+    parser.set_defaults(run=lambda args: _told(parser, _run_explore, args))
 
 
-def _run_explore(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+def _run_explore(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if len(args.models) > 2:
         parser.error(f"two models at most. Received: {len(args.models)}")
     if args.port is not None and not 0 < args.port < 65536:
@@ -383,40 +392,27 @@ def _run_explore(parser: argparse.ArgumentParser, args: argparse.Namespace) -> i
         parser.error(_as_options(str(error)))
     if not args.models and tuple(args.pixel_range) != (0.0, 1.0):
         parser.error("--pixel-range is for a MODEL.keras: the demo's networks take 0 1")
-    try:
-        explorer.check_installed()  # Before the training, not after.
-        named = {_name_of(path, args.models): _load(path) for path in args.models}
-        data = None
-        if args.dataset is not None or not named:
-            data = datasets.load(settings.dataset)
-        if not named:
-            assert data is not None
-            named, _ = demo.train_pair(data, settings)
-        shape = _shape_of(named, data)
-        sides = explorer.SideBySide(
-            named,
-            shape,
-            pixel_range=tuple(args.pixel_range),
-            from_logits=args.from_logits,
-        )
-        examples = explorer.load_examples(data, shape, sides.classes)
-        with explorer.serve(sides, examples, host=args.host, port=args.port) as url:
-            print(f"The explorer is at {url} (Ctrl-C ends it)", flush=True)
-            if args.host not in ("127.0.0.1", "localhost", "::1"):
-                print("Whoever reaches this machine can use it.", flush=True)
-            _wait_for_the_end()
-    except BrokenPipeError:
-        raise  # It is of the output, for `main`.
-    except (
-        OSError,
-        TypeError,
-        ValueError,
-        ImportError,
-        tf.errors.InvalidArgumentError,
-    ) as error:
-        print(f"{parser.prog}: error: {_as_options(str(error))}", file=sys.stderr)
-        return 1
-    return 0
+    explorer.check_installed()  # Before the training, not after.
+    named = {_name_of(path, args.models): _load(path) for path in args.models}
+    data = None
+    if args.dataset is not None or not named:
+        data = datasets.load(settings.dataset)
+    if not named:
+        assert data is not None
+        named, _ = demo.train_pair(data, settings)
+    shape = _shape_of(named, data)
+    sides = explorer.SideBySide(
+        named,
+        shape,
+        pixel_range=tuple(args.pixel_range),
+        from_logits=args.from_logits,
+    )
+    examples = explorer.load_examples(data, shape, sides.classes)
+    with explorer.serve(sides, examples, host=args.host, port=args.port) as url:
+        print(f"The explorer is at {url} (Ctrl-C ends it)", flush=True)
+        if args.host not in ("127.0.0.1", "localhost", "::1"):
+            print("Whoever reaches this machine can use it.", flush=True)
+        _wait_for_the_end()
 
 
 def _name_of(path: Path, paths: Sequence[Path]) -> str:

@@ -91,10 +91,15 @@ def test_the_code_of_the_recipes_runs(tmp_path, monkeypatch):
         for folder in (tmp_path, TESTS.parent / "docs")
     )
     assert drawn.shape == kept.shape
-    assert np.abs(drawn - kept).mean() < 0.02
+    # One line less is 0.2 % of the pixels; versions of Matplotlib may round otherwise.
+    assert (np.abs(drawn - kept).max(-1) > 0.25).mean() < 0.001
     x = np.array([[0.0, 0.0], [0.0, 3.0], [4.0, 0.0]])
     assert scope["separation"](x, np.array([0, 0, 1])) == 4.0
     assert scope["separation"](x, np.array([0, 1, 1]), 2) == 3.0
+    sklearn = pytest.importorskip("sklearn.datasets")
+    x, y = sklearn.load_breast_cancer(return_X_y=True)
+    distance = scope["separation"]((x - x.mean(0)) / x.std(0), y)
+    assert f"separated by {distance:.2f} in L∞" in " ".join(page.split())
 
 
 def test_the_recipes_name_all_presets():

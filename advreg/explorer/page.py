@@ -100,10 +100,7 @@ def serve(
             try:
                 yield url
             finally:
-                blocks.server.force_exit = (
-                    True  # Pages that are open do not hold it up.
-                )
-                blocks.close(verbose=False)
+                _close(blocks)
         finally:
             os.environ.clear()
             os.environ.update(before)
