@@ -168,8 +168,12 @@ class APGD(Attack):
         restarts: Number of starts. What one has fooled, the next leaves alone.
         loss: As of `FGSM`. `"dlr"` and `"margin"` do not saturate as the
             cross-entropy does.
-        targeted, feature_mask, clip_value_min, clip_value_max, from_logits, seed: As of
-            `FGSM`.
+        targeted: As of `FGSM`.
+        feature_mask: As of `FGSM`.
+        clip_value_min: As of `FGSM`.
+        clip_value_max: As of `FGSM`.
+        from_logits: As of `FGSM`.
+        seed: As of `FGSM`.
 
     Raises:
         TypeError: An argument has the wrong type.

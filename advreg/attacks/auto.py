@@ -38,7 +38,11 @@ class AutoAttack(Attack):
         target_classes: Number of wrong classes that the second part runs towards; all,
             if there are not as many.
         targeted: Must be false: what runs towards several classes cannot be told one.
-        feature_mask, clip_value_min, clip_value_max, from_logits, seed: As of `FGSM`.
+        feature_mask: As of `FGSM`.
+        clip_value_min: As of `FGSM`.
+        clip_value_max: As of `FGSM`.
+        from_logits: As of `FGSM`.
+        seed: As of `FGSM`.
 
     Raises:
         TypeError: An argument has the wrong type.

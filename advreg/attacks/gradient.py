@@ -155,8 +155,14 @@ class BIM(_Iterative):
         epsilon: Radius of the ball, in units of the input.
         step_size: Length of a step; `None` is `2.5 * epsilon / iterations`.
         iterations: Number of steps.
-        norm, loss, targeted, feature_mask, clip_value_min, clip_value_max, from_logits,
-            seed: As of `FGSM`.
+        norm: As of `FGSM`.
+        loss: As of `FGSM`.
+        targeted: As of `FGSM`.
+        feature_mask: As of `FGSM`.
+        clip_value_min: As of `FGSM`.
+        clip_value_max: As of `FGSM`.
+        from_logits: As of `FGSM`.
+        seed: As of `FGSM`.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -193,8 +199,14 @@ class PGD(_Iterative):
         restarts: Number of starts. What one has fooled, the next leaves alone.
         momentum: Share of the last direction that goes into the next, in [0, 1]
             ([Dong et al., 2017](https://arxiv.org/abs/1710.06081)).
-        norm, loss, targeted, feature_mask, clip_value_min, clip_value_max, from_logits,
-            seed: As of `FGSM`.
+        norm: As of `FGSM`.
+        loss: As of `FGSM`.
+        targeted: As of `FGSM`.
+        feature_mask: As of `FGSM`.
+        clip_value_min: As of `FGSM`.
+        clip_value_max: As of `FGSM`.
+        from_logits: As of `FGSM`.
+        seed: As of `FGSM`.
 
     Raises:
         TypeError: An argument has the wrong type.

@@ -34,8 +34,13 @@ class RandomNoise(Attack):
         epsilon: Radius of the ball, in units of the input.
         draws: Number of points. What one has fooled, the next leaves alone. For a
             model of regression, the point of the largest compiled loss counts.
-        norm, targeted, feature_mask, clip_value_min, clip_value_max, from_logits, seed:
-            As of `FGSM`.
+        norm: As of `FGSM`.
+        targeted: As of `FGSM`.
+        feature_mask: As of `FGSM`.
+        clip_value_min: As of `FGSM`.
+        clip_value_max: As of `FGSM`.
+        from_logits: As of `FGSM`.
+        seed: As of `FGSM`.
 
     Raises:
         TypeError: An argument has the wrong type.

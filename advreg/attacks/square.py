@@ -171,8 +171,12 @@ class Square(Attack):
         queries: Number of points that it tries for each example, from each start.
         p_init: Share of all pixels that the first windows cover, in (0, 1].
         restarts: Number of starts. What one has fooled, the next leaves alone.
-        targeted, feature_mask, clip_value_min, clip_value_max, from_logits, seed: As of
-            `FGSM`. Of a mask it counts only where it is 0.
+        targeted: As of `FGSM`.
+        feature_mask: As of `FGSM`. Of a mask it counts only where it is 0.
+        clip_value_min: As of `FGSM`.
+        clip_value_max: As of `FGSM`.
+        from_logits: As of `FGSM`.
+        seed: As of `FGSM`.
 
     Raises:
         TypeError: An argument has the wrong type.
