@@ -13,6 +13,7 @@ from keras import ops, tree
 from advreg.ball import Settings
 from advreg.checks import Schedule
 from advreg.config import NormType
+from advreg.convolution import cheap_input_gradients
 from advreg.distribution import sum_over_replicas
 from advreg.geometry import Tensor, l2_norm, steepest_direction, widen
 from advreg.movable import movable
@@ -158,7 +159,8 @@ class Step:
         # Persistent, because the losses that a model adds show only once it has run.
         with tf.GradientTape(persistent=True) as tape:
             tape.watch(watched)
-            y_pred = self._forward(self._x)
+            with self._to_the_input() if watched else contextlib.nullcontext():
+                y_pred = self._forward(self._x)
             labeled_loss = model._compile_loss(self._y, y_pred, self._sample_weight)
             losses = model.losses
             loss = self._clean_total(labeled_loss, losses)
@@ -211,7 +213,8 @@ class Step:
 
         def loss_at(features: Features) -> Tensor:
             with keras.StatelessScope():
-                y_pred = self._forward(features)
+                with self._to_the_input():
+                    y_pred = self._forward(features)
                 batch = self._batch(clean, y_pred, constant=True)
                 return self._scaled(self._objective.attack(batch))
 
@@ -227,6 +230,12 @@ class Step:
             model._training_seed,
             movable(self._x, weights, model.base_model),
         )
+
+    def _to_the_input(self) -> contextlib.AbstractContextManager[None]:
+        """Under which a forward pass runs whose gradient to the input is wanted."""
+        if self._model.jit_compile:  # XLA makes its own of that gradient.
+            return contextlib.nullcontext()
+        return cheap_input_gradients(self._model.base_model)
 
     @contextlib.contextmanager
     def _moved_weights(self, term: Callable[[], Tensor]) -> Iterator[None]:

@@ -10,7 +10,12 @@ from hypothesis import strategies as st
 from keras import layers
 from victims import UNIT, digits
 
-from advreg import convolution
+from advreg import (
+    AdversarialRegularization,
+    convolution,
+    make_adv_reg_config,
+)
+from advreg import passes as passes_module
 from advreg.attacks import BIM
 from advreg.attacks import victim as victim_module
 from advreg.attacks.victim import Victim
@@ -383,3 +388,44 @@ def test_an_attack_finds_the_same_examples(run_eagerly, calls, monkeypatch):
     assert np.mean(np.abs(cheap - expected) > 1e-6) < 1e-3
     agreed = model(cheap).numpy().argmax(1) == model(expected).numpy().argmax(1)
     assert agreed.all()
+
+
+def weights_after_training(config, **compiled):
+    model = AdversarialRegularization(
+        network(conv(activation="tanh"), layers.Flatten(), layers.Dense(3)), config
+    )
+    rng = np.random.default_rng(0)
+    for weight in model.base_model.weights:
+        weight.assign(rng.normal(size=weight.shape) / 3)
+    # Plain descent: Adam would make a step of any rounding where a gradient is zero.
+    model.compile("sgd", "mse", **compiled)
+    x, y = rng.normal(size=(8, 6, 5, 1)), rng.normal(size=(8, 3))
+    model.fit(x, y, batch_size=4, epochs=2, shuffle=False, verbose=0)
+    return model.base_model.get_weights()
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+@pytest.mark.parametrize("run_eagerly", [False, True])
+def test_training_ends_with_the_same_weights(
+    iterations, run_eagerly, calls, monkeypatch
+):
+    config = make_adv_reg_config(
+        adv_step_size=0.1,
+        adv_grad_norm="l2",
+        pgd_iterations=iterations,
+        pgd_epsilon=None if iterations == 1 else 0.2,
+    )
+    got = weights_after_training(config, run_eagerly=run_eagerly)
+    assert calls
+    monkeypatch.setattr(
+        passes_module, "cheap_input_gradients", lambda model: tf.name_scope("plain")
+    )
+    del calls[:]
+    assert_close(got, weights_after_training(config, run_eagerly=run_eagerly))
+    assert not calls
+
+
+def test_training_has_no_use_for_it_under_xla_or_without_perturbation(calls):
+    weights_after_training(make_adv_reg_config(), jit_compile=True)
+    weights_after_training(make_adv_reg_config(multiplier=0.0))
+    assert not calls
