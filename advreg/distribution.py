@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from typing import Any
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
-from keras import ops
+from keras import ops, tree
+
+Tensor = Any  # a tensor of the Keras backend
 
 
 class ReplicaSeedGenerator(keras.random.SeedGenerator):
@@ -51,7 +54,197 @@ def sum_over_replicas(tensors: Sequence[Any]) -> Sequence[Any]:
     return context.all_reduce("SUM", list(tensors))
 
 
+class Share(NamedTuple):
+    """How much of a global batch a replica has.
+
+    Keras gives the means of all replicas the same weight, of whatever size their parts
+    are, and the last batch of an epoch is seldom divided evenly. With these shares,
+    what the replicas find adds up to what one device would find.
+
+    Args:
+        by_examples: Weight of a mean over this replica's examples, 1 on average.
+        by_weights: Weight of such a mean that is divided by the sum of the weights.
+        examples: The size of the global batch over the number of replicas.
+    """
+
+    by_examples: Tensor
+    by_weights: Tensor
+    examples: Tensor
+
+
+def share_of_batch(examples: Tensor, sample_weight: Any) -> Share | None:
+    """Asks all replicas how large their parts are; `None` if there is only one.
+
+    Args:
+        examples: How many examples this replica has, a scalar.
+        sample_weight: Their weights: a tensor, or something else that does not count.
+    """
+    context = tf.distribute.get_replica_context()
+    if context is None or context.num_replicas_in_sync == 1:
+        return None
+    examples = tf.cast(examples, "float64")
+    weighed = isinstance(sample_weight, tf.Tensor)
+    weight = tf.reduce_sum(tf.cast(sample_weight, "float64")) if weighed else examples
+    sizes = tf.stack([examples, weight])
+    totals = context.all_reduce("SUM", sizes)
+    mean = totals / context.num_replicas_in_sync
+    by_examples, by_weights = tf.unstack(tf.math.divide_no_nan(sizes, mean))
+    return Share(by_examples, by_weights, mean[0])
+
+
+def share_of_loss(share: Share | None, compile_loss: Any) -> Tensor | None:
+    """What a replica's compiled loss counts for, which depends on how it averages.
+
+    Args:
+        share: This replica's share, `None` if it is the only one.
+        compile_loss: Keras's container of compiled losses, which has been called.
+    """
+    if share is None:
+        return None
+    reductions = {loss.loss.reduction for loss in compile_loss._flat_losses}
+    if reductions <= {"sum_over_batch_size", "mean"}:
+        return share.by_examples
+    if reductions == {"mean_with_sample_weight"}:
+        return share.by_weights
+    if len(reductions) > 1:
+        warnings.warn(
+            "With several replicas a batch that is not divided evenly counts as on one "
+            "device only if all losses of `compile` reduce in the same way. Received: "
+            f"reduction={sorted(map(str, reductions))}",
+            stacklevel=2,
+        )
+    return None  # Sums of replicas add up to that of the batch.
+
+
+def weigh(mean: Tensor, share: Tensor | None) -> Tensor:
+    """Gives a replica's mean its share; a replica without examples has none."""
+    if share is None:
+        return mean
+    return tf.math.multiply_no_nan(mean, tf.cast(share, mean.dtype))
+
+
 def unscale_loss(loss: Any) -> Any:
     """Undoes Keras's division of a replica's loss by the number of replicas."""
     replicas = tf.distribute.get_strategy().num_replicas_in_sync
     return loss if replicas == 1 else loss * ops.cast(replicas, loss.dtype)
+
+
+def average(variables: Sequence[keras.Variable], share: Share) -> None:
+    """Gives variables the mean over the replicas, by how many examples each had.
+
+    Keras leaves moving averages of `BatchNormalization` different on each replica, so
+    that each worker would evaluate, and save, another model.
+    """
+    if not variables:
+        return
+    context = tf.distribute.get_replica_context()
+    part = share.by_examples / context.num_replicas_in_sync
+    weighed = [weigh(tf.convert_to_tensor(v.value), part) for v in variables]
+    for variable, mean in zip(
+        variables, context.all_reduce("SUM", weighed), strict=True
+    ):
+        variable.assign(mean)
+
+
+def finite_without_examples(gradients: Sequence[Any], share: Share) -> list[Any]:
+    """Makes gradients finite where a replica had no example to take them at.
+
+    The mean of no examples is not a number, in a layer as `BatchNormalization`.
+    """
+
+    def finite(gradient: Any) -> Any:
+        if gradient is None or isinstance(gradient, tf.IndexedSlices):
+            return gradient
+        fine = tf.math.is_finite(gradient) | (share.by_examples > 0)
+        return tf.where(fine, gradient, tf.zeros_like(gradient))
+
+    return [finite(gradient) for gradient in gradients]
+
+
+def synchronizes(model: keras.Model) -> bool:
+    """Whether replicas speak to each other while a model runs."""
+    return tf.distribute.get_strategy().num_replicas_in_sync > 1 and any(
+        getattr(layer, "synchronized", False) for layer in model._flatten_layers()
+    )
+
+
+def check_scope(base_model: keras.Model) -> None:
+    """Checks that a base model was made under the strategy that is in force.
+
+    Raises:
+        ValueError: It was made elsewhere, or Keras cannot train under the strategy.
+    """
+    strategy = tf.distribute.get_strategy()
+    if isinstance(strategy, tf.distribute.experimental.ParameterServerStrategy):
+        raise ValueError(
+            "Keras 3 cannot train under a `ParameterServerStrategy`: use "
+            "`tf.distribute.MultiWorkerMirroredStrategy`. "
+            f"Received: {type(strategy).__name__}"
+        )
+    created_here = strategy.extended.variable_created_in_scope
+    strangers = [v.path for v in base_model.variables if not created_here(v.value)]
+    if strangers:
+        raise ValueError(
+            "`base_model` must be made under the same strategy as the wrapper: make "
+            "both, and compile, inside one `with strategy.scope():`. Received: "
+            f"{type(strategy).__name__} and variables that were made outside of it, "
+            f"{strangers[:3]}"
+        )
+
+
+def check_compiled(model: keras.Model) -> None:
+    """Checks that a model is compiled in a way that replicas can run.
+
+    Raises:
+        ValueError: TensorFlow cannot run its steps on several replicas.
+    """
+    if model.distribute_strategy.num_replicas_in_sync == 1:
+        return
+    name = type(model.distribute_strategy).__name__
+    if model.jit_compile:
+        raise ValueError(
+            f"`jit_compile` must be False under {name}: TensorFlow cannot compile "
+            "what replicas exchange with XLA. Received: jit_compile=True"
+        )
+    if model.steps_per_execution > 1:
+        raise ValueError(
+            f"`steps_per_execution` must be 1 under {name}: TensorFlow cannot let "
+            "replicas exchange gradients in a loop. Received: "
+            f"steps_per_execution={model.steps_per_execution}"
+        )
+
+
+# What follows mends Keras, up to 3.15 at least: `fit` and `evaluate` fail under a
+# `MultiWorkerMirroredStrategy` (https://github.com/keras-team/keras/issues/20585).
+
+
+def spans_workers(strategy: tf.distribute.Strategy) -> bool:
+    """Whether a strategy keeps several processes in step."""
+    return (
+        isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+        and strategy.extended._in_multi_worker_mode()
+    )
+
+
+def local_batch(iterator: Any, strategy: tf.distribute.Strategy) -> Any:
+    """The first batch of an iterator of Keras's, as the first local replica gets it.
+
+    Keras builds a model from the mean of the parts of all replicas, which tensors of
+    another process do not have, nor parts of different sizes.
+    """
+    batch = next(next(iter(iterator))[-1])
+    return tree.map_structure(
+        lambda value: strategy.experimental_local_results(value)[0], batch
+    )
+
+
+def with_leading_axis(step: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Gives each result of a step an axis of size one.
+
+    Over workers, Keras averages results along their first axis, and scalars have none.
+    """
+
+    def wrapped(data: Any) -> Any:
+        return tree.map_structure(lambda value: ops.reshape(value, (1,)), step(data))
+
+    return wrapped

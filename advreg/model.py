@@ -24,7 +24,15 @@ from advreg.config import (
     AdvRegConfig,
     check_adv_config,
 )
-from advreg.distribution import ReplicaSeedGenerator, unscale_loss
+from advreg.distribution import (
+    ReplicaSeedGenerator,
+    check_compiled,
+    check_scope,
+    local_batch,
+    spans_workers,
+    unscale_loss,
+    with_leading_axis,
+)
 from advreg.geometry import Tensor
 from advreg.images import as_floats, float_twin
 from advreg.movable import movable
@@ -117,6 +125,7 @@ class AdversarialRegularization(keras.Model):
         **kwargs: Any,
     ) -> None:
         _check_base(base_model)
+        check_scope(base_model)
         _check_keywords(kwargs)
         kwargs.setdefault("dtype", base_model.dtype_policy)
         super().__init__(**kwargs)
@@ -238,7 +247,8 @@ class AdversarialRegularization(keras.Model):
         x = tree.map_structure(to_tensor, x)
         if isinstance(multiplier := self.adv_config.multiplier, Schedule) or multiplier:
             x = as_floats(x)
-        outcome = Step(self, x, y, sample_weight).take()
+        step = Step(self, x, y, sample_weight)
+        outcome = step.take()
         if outcome.gradients:
             self.optimizer.apply_gradients(
                 zip(outcome.gradients, self.trainable_weights, strict=True)
@@ -248,11 +258,13 @@ class AdversarialRegularization(keras.Model):
                 "The model does not have any trainable weights.", stacklevel=2
             )
         trackers = [self._adversarial_loss_tracker]
-        self._track(self._loss_tracker, outcome.loss, x)
-        self._track(self._adversarial_loss_tracker, outcome.adversarial_loss, x)
+        self._track(self._loss_tracker, outcome.loss, step.examples)
+        self._track(
+            self._adversarial_loss_tracker, outcome.adversarial_loss, step.examples
+        )
         if outcome.labeled_loss is not None:
             trackers.insert(0, self._labeled_loss_tracker)
-            self._track(self._labeled_loss_tracker, outcome.labeled_loss, x)
+            self._track(self._labeled_loss_tracker, outcome.labeled_loss, step.examples)
         logs = self.compute_metrics(x, y, outcome.predictions, sample_weight)
         if outcome.labeled_loss is None:
             logs = self._of_perturbed(logs)
@@ -264,8 +276,9 @@ class AdversarialRegularization(keras.Model):
         y_pred = self._forward(x, training=False)
         labeled_loss = self._compile_loss(y, y_pred, sample_weight)
         loss = self._total_loss(labeled_loss, self.losses)
-        self._track(self._loss_tracker, loss, x)
-        self._track(self._labeled_loss_tracker, labeled_loss, x)
+        examples = self._batch_size(x)
+        self._track(self._loss_tracker, loss, examples)
+        self._track(self._labeled_loss_tracker, labeled_loss, examples)
         logs = self.compute_metrics(x, y, y_pred, sample_weight)
         names = {tracker.name for tracker in self._hidden_in_evaluation}
         return {name: value for name, value in logs.items() if name not in names}
@@ -516,6 +529,20 @@ class AdversarialRegularization(keras.Model):
 
     # What follows is the model's own.
 
+    def _maybe_symbolic_build(
+        self, iterator: Any = None, data_batch: Any = None
+    ) -> Any:
+        strategy = self.distribute_strategy
+        if iterator is not None and strategy.num_replicas_in_sync > 1:
+            iterator, data_batch = None, local_batch(iterator, strategy)
+        return super()._maybe_symbolic_build(iterator, data_batch)
+
+    def _make_function(self, step_function: Callable[[Any], Any]) -> Any:
+        check_compiled(self)
+        if spans_workers(self.distribute_strategy):
+            step_function = with_leading_axis(step_function)
+        return super()._make_function(step_function)
+
     def _random_state(self) -> list[keras.Variable]:
         """The states of all generators that the model draws from."""
         weights = {id(weight) for weight in self.weights}
@@ -612,9 +639,13 @@ class AdversarialRegularization(keras.Model):
             if name not in trackers
         }
 
-    def _track(self, tracker: keras.metrics.Mean, loss: Tensor, x: Features) -> None:
-        batch = next(leaf for leaf in tree.flatten(x) if leaf is not None)
-        tracker.update_state(unscale_loss(loss), sample_weight=tf.shape(batch)[0])
+    def _batch_size(self, x: Features) -> Tensor:
+        return tf.shape(next(leaf for leaf in tree.flatten(x) if leaf is not None))[0]
+
+    def _track(
+        self, tracker: keras.metrics.Mean, loss: Tensor, examples: Tensor
+    ) -> None:
+        tracker.update_state(unscale_loss(loss), sample_weight=examples)
 
     def _takes_logits(self, predictions: Any) -> list[bool]:
         """Whether each output holds logits, for objectives that compare scores."""

@@ -11,6 +11,7 @@ import keras
 from keras import ops
 
 from advreg.checks import length, show
+from advreg.distribution import weigh
 
 Tensor = Any  # a tensor of the Keras backend
 
@@ -28,6 +29,7 @@ class Output:
         sample_weight: Weights of the examples, or `None`.
         predictions: What the model returned for perturbed features.
         loss_weight: Weight of this output, of the `loss_weights` of `compile`.
+        share: Weight of this replica's mean among those of all replicas.
     """
 
     labels: Tensor
@@ -36,6 +38,7 @@ class Output:
     sample_weight: Tensor | None
     predictions: Tensor
     loss_weight: float = 1.0
+    share: Tensor | None = None
 
     def mean(self, values: Tensor, weighted: bool = True) -> Tensor:
         """Averages as Keras's losses do: with sample weights, without masked steps.
@@ -49,6 +52,7 @@ class Output:
         weights = self.sample_weight if weighted else None
         given = _Given(name="given", dtype=values.dtype)
         mean = self.loss_weight * given(values, self.predictions, weights)
+        mean = weigh(mean, self.share)
         # As a compiled loss, to which it may be added, whatever the model's dtype.
         return ops.cast(mean, keras.config.floatx())
 

@@ -14,7 +14,15 @@ from advreg.ball import Settings
 from advreg.checks import Schedule
 from advreg.config import NormType
 from advreg.convolution import cheap_input_gradients
-from advreg.distribution import sum_over_replicas
+from advreg.distribution import (
+    average,
+    finite_without_examples,
+    share_of_batch,
+    share_of_loss,
+    sum_over_replicas,
+    synchronizes,
+    weigh,
+)
 from advreg.geometry import Tensor, l2_norm, steepest_direction, widen
 from advreg.movable import movable
 from advreg.objectives import Batch, Objective, Output
@@ -27,7 +35,13 @@ from advreg.perturbation import (
     select,
 )
 from advreg.scores import logits_of
-from advreg.state import assign, metric_variables, recurrent_states, values_of
+from advreg.state import (
+    assign,
+    metric_variables,
+    recurrent_states,
+    statistics,
+    values_of,
+)
 
 if TYPE_CHECKING:
     from advreg.model import AdversarialRegularization
@@ -69,8 +83,25 @@ class Step:
         self._x, self._y, self._sample_weight = x, y, sample_weight
         self._perturbs = not _is_zero(self._config.multiplier)
         self._can_move = differentiable(x, model.batch_form.fixed_keys)
+        # Replicas speak to each other here, for they cannot within an attack's loop.
+        self._share = share_of_batch(model._batch_size(x), sample_weight)
+
+    @property
+    def examples(self) -> Tensor:
+        """How many examples the losses of this replica stand for."""
+        share = self._share
+        return self._model._batch_size(self._x) if share is None else share.examples
 
     def take(self) -> Outcome:
+        """Runs the passes, and lets replicas agree on what they are to share."""
+        outcome = self._passes()
+        if self._share is None:
+            return outcome
+        average(statistics(self._model.base_model), self._share)
+        gradients = finite_without_examples(outcome.gradients, self._share)
+        return outcome._replace(gradients=gradients)
+
+    def _passes(self) -> Outcome:
         """Runs the passes that the configuration asks for, and no others."""
         if not self._perturbs:
             return self._clean_alone()
@@ -123,7 +154,7 @@ class Step:
 
         def both_terms() -> Tensor:
             y_pred = self._forward(self._x)
-            labeled_loss = model._compile_loss(self._y, y_pred, self._sample_weight)
+            labeled_loss = self._labeled_loss(y_pred)
             with self._states_of_the_clean_pass(carried, before):
                 y_adv = self._forward(x_adv)
             return self._clean_total(labeled_loss, []) + self._compare(y_pred, y_adv)
@@ -131,7 +162,7 @@ class Step:
         with self._moved_weights(both_terms):
             with tf.GradientTape() as tape:
                 y_pred = self._forward(self._x)
-                labeled_loss = model._compile_loss(self._y, y_pred, self._sample_weight)
+                labeled_loss = self._labeled_loss(y_pred)
                 loss = self._clean_total(labeled_loss, model.losses)
                 with self._states_of_the_clean_pass(carried, before):
                     if x_adv is None:
@@ -161,7 +192,7 @@ class Step:
             tape.watch(watched)
             with self._to_the_input() if watched else contextlib.nullcontext():
                 y_pred = self._forward(self._x)
-            labeled_loss = model._compile_loss(self._y, y_pred, self._sample_weight)
+            labeled_loss = self._labeled_loss(y_pred)
             losses = model.losses
             loss = self._clean_total(labeled_loss, losses)
             scaled_loss = self._scaled(loss)
@@ -229,6 +260,7 @@ class Step:
             Settings.of(self._config.adv_neighbor_config, model.optimizer.iterations),
             model._training_seed,
             movable(self._x, weights, model.base_model),
+            unroll=synchronizes(model.base_model),
         )
 
     def _to_the_input(self) -> contextlib.AbstractContextManager[None]:
@@ -285,6 +317,7 @@ class Step:
             after = tree.flatten(adversarial)
             before = [None] * len(after) if clean is None else tree.flatten(clean)
             weights = self._per_output(weight, adversarial)
+            share = None if self._share is None else self._share.by_examples
             if len(weights) == 1:
                 weights = weights * len(after)
             made = []
@@ -301,10 +334,15 @@ class Step:
                 if constant and logits is not None:
                     logits = ops.stop_gradient(logits)
                 moved = logits_of(new, from_logits)
-                made.append(Output(label, logits, moved, w, new, loss_weight))
+                made.append(Output(label, logits, moved, w, new, loss_weight, share))
             return made
 
-        return Batch(outputs, lambda: model._compile_loss(self._y, adversarial, weight))
+        return Batch(outputs, lambda: self._labeled_loss(adversarial))
+
+    def _labeled_loss(self, predictions: Any) -> Tensor:
+        """The compiled loss, weighed so that all replicas' add up to the batch's."""
+        loss = self._model._compile_loss(self._y, predictions, self._sample_weight)
+        return weigh(loss, share_of_loss(self._share, self._model._compile_loss))
 
     def _per_output(self, values: Any, predictions: Any) -> list[Any]:
         """Lists what belongs to outputs in their order, which names may stand for."""

@@ -31,6 +31,7 @@ def perturb(
     settings: Settings,
     seed: keras.random.SeedGenerator | None = None,
     flags: Sequence[Tensor | None] | None = None,
+    unroll: bool = False,
 ) -> Features:
     """Moves each example where its loss grows, inside the ball and the range.
 
@@ -52,6 +53,8 @@ def perturb(
         seed: Where a random start draws from: Keras's global generator if `None`.
         flags: For each leaf, `None` or a boolean tensor that broadcasts to it: where
             it is false, nothing moves. `advreg.movable.movable` makes them.
+        unroll: Whether to repeat the iterations in the graph, in place of a loop, for
+            replicas cannot speak to each other in a loop.
 
     Returns:
         Features in the structure, shapes and dtypes of `features`.
@@ -81,15 +84,16 @@ def perturb(
         gradient = ball.gradient(gradient_at(ball.perturbed(displacement)))
         return ball.ascend(ball.zero(), gradient, settings.init_radius)
 
+    repeat = functools.partial(_repeat, unroll=unroll)
     if settings.random_init:
         radii = (settings.init_radius, settings.pgd_epsilon, settings.adv_step_size)
         displacement = ball.random(seed, next(r for r in radii if r is not None))
-        displacement = _repeat(turn, settings.power_iterations, displacement)
+        displacement = repeat(turn, settings.power_iterations, displacement)
         remaining = settings.pgd_iterations
     else:
         displacement = ascend(ball.zero(), gradients)
         remaining = settings.pgd_iterations - 1
-    displacement = _repeat(iterate, remaining, ops.stop_gradient(displacement))
+    displacement = repeat(iterate, remaining, ops.stop_gradient(displacement))
     return ball.perturbed(ops.stop_gradient(displacement))
 
 
@@ -371,9 +375,14 @@ def adversarial_loss(
     return loss_of(labels, model(neighbor))
 
 
-def _repeat(function: Callable[[Tensor], Tensor], times: int, value: Tensor) -> Tensor:
-    """Applies a function again and again, in memory that does not grow with `times`."""
-    if times <= 1 or tf.executing_eagerly():
+def _repeat(
+    function: Callable[[Tensor], Tensor], times: int, value: Tensor, unroll: bool
+) -> Tensor:
+    """Applies a function again and again.
+
+    In a loop, unless told otherwise, whose memory does not grow with `times`.
+    """
+    if unroll or times <= 1 or tf.executing_eagerly():
         for _ in range(times):
             value = function(value)
         return value

@@ -31,6 +31,17 @@ def recurrent_states(model: keras.Model) -> list[keras.Variable]:
     ]
 
 
+def statistics(model: keras.Model) -> list[keras.Variable]:
+    """Returns what layers learn of their inputs beside weights, as moving averages."""
+    carried = {id(variable) for variable in recurrent_states(model)}
+    return [
+        variable
+        for layer in model._flatten_layers()
+        for variable in layer._non_trainable_variables
+        if id(variable) not in carried and tf.as_dtype(variable.dtype).is_floating
+    ]
+
+
 def values_of(variables: Sequence[keras.Variable]) -> list[Tensor]:
     """Returns copies of what variables hold now."""
     return [tf.identity(variable.value) for variable in variables]
