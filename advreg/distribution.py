@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -49,9 +50,19 @@ class ReplicaSeedGenerator(keras.random.SeedGenerator):
 def sum_over_replicas(tensors: Sequence[Any]) -> Sequence[Any]:
     """Adds up what each replica has found, so that all go the same way."""
     context = tf.distribute.get_replica_context()
-    if not tensors or context is None or context.num_replicas_in_sync == 1:
+    if context is None or context.num_replicas_in_sync == 1:
         return tensors
-    return context.all_reduce("SUM", list(tensors))
+    return _sums(tensors)
+
+
+def _sums(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Adds up over replicas what may be of several types, all of one type at once."""
+    context = tf.distribute.get_replica_context()
+    of_type: dict[tf.DType, Iterator[Tensor]] = {}
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        alike = [tensor for tensor in tensors if tensor.dtype == dtype]
+        of_type[dtype] = iter(context.all_reduce("SUM", alike))
+    return [next(of_type[tensor.dtype]) for tensor in tensors]
 
 
 class Share(NamedTuple):
@@ -135,14 +146,9 @@ def average(variables: Sequence[keras.Variable], share: Share) -> None:
     Keras leaves moving averages of `BatchNormalization` different on each replica, so
     that each worker would evaluate, and save, another model.
     """
-    if not variables:
-        return
-    context = tf.distribute.get_replica_context()
-    part = share.by_examples / context.num_replicas_in_sync
-    weighed = [weigh(tf.convert_to_tensor(v.value), part) for v in variables]
-    for variable, mean in zip(
-        variables, context.all_reduce("SUM", weighed), strict=True
-    ):
+    part = share.by_examples / tf.distribute.get_strategy().num_replicas_in_sync
+    parts = [weigh(tf.convert_to_tensor(v.value), part) for v in variables]
+    for variable, mean in zip(variables, _sums(parts), strict=True):
         variable.assign(mean)
 
 
@@ -212,6 +218,80 @@ def check_compiled(model: keras.Model) -> None:
             "replicas exchange gradients in a loop. Received: "
             f"steps_per_execution={model.steps_per_execution}"
         )
+
+
+@contextlib.contextmanager
+def lost_workers_named(strategy: tf.distribute.Strategy) -> Iterator[None]:
+    """Says what to do where TensorFlow says that an exchange between workers failed.
+
+    Raises:
+        RuntimeError: A worker has gone while this one waited for it.
+    """
+    try:
+        yield
+    except (tf.errors.UnavailableError, tf.errors.AbortedError) as error:
+        if not spans_workers(strategy):
+            raise
+        resolver = strategy.cluster_resolver
+        workers = len(resolver.cluster_spec().as_dict()["worker"])
+        raise RuntimeError(
+            f"Worker {resolver.task_id} of {workers} has lost another one, and cannot "
+            "go on alone. Find out what ended that one, and start all workers again: "
+            "with `keras.callbacks.BackupAndRestore` they go on from the last epoch. "
+            f"Received: {_reason(error)}"
+        ) from error
+
+
+def _reason(error: tf.errors.OpError) -> str:
+    """The sentences of a long message of TensorFlow's that say why."""
+    _, _, reason = str(error.message).rpartition("aborted by: ")
+    return " ".join(reason.splitlines()[:2])
+
+
+class FirstWorkersState(keras.callbacks.Callback):
+    """Lets all workers begin to train with the weights and the epoch of the first one.
+
+    A worker that died while it wrote its backup restores an older one than the others,
+    and workers without a common start end as different models.
+    """
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Takes over the state of the first worker."""
+        model = self.model
+        strategy = model.distribute_strategy
+        variables = [*model.variables, *model.optimizer.variables]
+
+        def replica(epoch: Tensor) -> Sequence[Tensor]:
+            context = tf.distribute.get_replica_context()
+            first = tf.equal(context.replica_id_in_sync_group, 0)
+            sent = [_sendable(variable.value) for variable in variables]
+            sent = [tf.where(first, v, tf.zeros_like(v)) for v in [*sent, epoch]]
+            return _sums(sent)
+
+        epoch = tf.constant(model._initial_epoch or 0)
+        function = tf.function(lambda e: strategy.run(replica, (e,)), autograph=False)
+        *values, epoch = (
+            strategy.experimental_local_results(value)[0] for value in function(epoch)
+        )
+        for variable, value in zip(variables, values, strict=True):
+            variable.assign(tf.cast(value, variable.dtype))
+        model._initial_epoch = int(epoch)
+
+
+def _sendable(value: Any) -> Tensor:
+    """A value in a type that can be added up over workers."""
+    value = tf.convert_to_tensor(value)
+    return value if value.dtype.is_floating else tf.cast(value, "int64")
+
+
+def with_first_workers_state(callbacks: Any, strategy: tf.distribute.Strategy) -> Any:
+    """Adds to the callbacks of `fit` what workers need; after those that restore."""
+    if not spans_workers(strategy):
+        return callbacks
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        callbacks.append(FirstWorkersState())
+        return callbacks
+    return [*tree.flatten(callbacks or []), FirstWorkersState()]
 
 
 # What follows mends Keras, up to 3.15 at least: `fit` and `evaluate` fail under a

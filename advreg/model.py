@@ -29,8 +29,10 @@ from advreg.distribution import (
     check_compiled,
     check_scope,
     local_batch,
+    lost_workers_named,
     spans_workers,
     unscale_loss,
+    with_first_workers_state,
     with_leading_axis,
 )
 from advreg.geometry import Tensor
@@ -233,7 +235,22 @@ class AdversarialRegularization(keras.Model):
 
     @functools.wraps(keras.Model.fit)
     def fit(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
-        return super().fit(**self._arguments(keras.Model.fit, args, kwargs))
+        arguments = self._arguments(keras.Model.fit, args, kwargs)
+        strategy, callbacks = self.distribute_strategy, arguments.pop("callbacks", None)
+        with lost_workers_named(strategy):
+            return super().fit(
+                callbacks=with_first_workers_state(callbacks, strategy), **arguments
+            )
+
+    @functools.wraps(keras.Model.evaluate)
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
+        with lost_workers_named(self.distribute_strategy):
+            return super().evaluate(*args, **kwargs)
+
+    @functools.wraps(keras.Model.predict)
+    def predict(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
+        with lost_workers_named(self.distribute_strategy):
+            return super().predict(*args, **kwargs)
 
     @functools.wraps(keras.Model.train_on_batch)
     def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
@@ -409,7 +426,7 @@ class AdversarialRegularization(keras.Model):
         >>> if os.path.exists("run.keras"):
         ...     model = keras.models.load_model("run.keras")
         >>> model.fit(dataset, epochs=50,
-        ...     initial_epoch=int(model.optimizer.iterations) // len(dataset),
+        ...     initial_epoch=int(model.optimizer.iterations.numpy()) // len(dataset),
         ...     callbacks=[keras.callbacks.ModelCheckpoint("run.keras")])
         """
 
