@@ -185,7 +185,7 @@ def check_scope(base_model: keras.Model) -> None:
         raise ValueError(
             "Keras 3 cannot train under a `ParameterServerStrategy`: use "
             "`tf.distribute.MultiWorkerMirroredStrategy`. "
-            f"Received: {type(strategy).__name__}"
+            f"Received: {_name(strategy)}"
         )
     created_here = strategy.extended.variable_created_in_scope
     strangers = [v.path for v in base_model.variables if not created_here(v.value)]
@@ -193,9 +193,18 @@ def check_scope(base_model: keras.Model) -> None:
         raise ValueError(
             "`base_model` must be made under the same strategy as the wrapper: make "
             "both, and compile, inside one `with strategy.scope():`. Received: "
-            f"{type(strategy).__name__} and variables that were made outside of it, "
+            f"{_name(strategy)} and variables that were made outside of it, "
             f"{strangers[:3]}"
         )
+
+
+def _name(strategy: tf.distribute.Strategy) -> str:
+    """What users call a strategy."""
+    if type(strategy).__name__.startswith("_Default"):
+        return "no strategy"
+    if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return "MultiWorkerMirroredStrategy"
+    return type(strategy).__name__
 
 
 def check_compiled(model: keras.Model) -> None:
@@ -206,7 +215,7 @@ def check_compiled(model: keras.Model) -> None:
     """
     if model.distribute_strategy.num_replicas_in_sync == 1:
         return
-    name = type(model.distribute_strategy).__name__
+    name = _name(model.distribute_strategy)
     if model.jit_compile:
         raise ValueError(
             f"`jit_compile` must be False under {name}: TensorFlow cannot compile "
@@ -270,8 +279,10 @@ class FirstWorkersState(keras.callbacks.Callback):
 
         epoch = tf.constant(model._initial_epoch or 0)
         function = tf.function(lambda e: strategy.run(replica, (e,)), autograph=False)
+        # As a concrete function, which TensorFlow does not warn of tracing in each fit.
         *values, epoch = (
-            strategy.experimental_local_results(value)[0] for value in function(epoch)
+            strategy.experimental_local_results(value)[0]
+            for value in function.get_concrete_function(epoch)(epoch)
         )
         for variable, value in zip(variables, values, strict=True):
             variable.assign(tf.cast(value, variable.dtype))

@@ -330,10 +330,15 @@ class AdversarialRegularization(keras.Model):
         Keras asks at the end of an epoch, and of an evaluation, which has reset them.
         """
         results = super().get_metrics_result()
-        tracker = self._adversarial_loss_tracker
-        if not (tf.executing_eagerly() and tracker.count.numpy()):
+        clean, adversarial = self._training_trackers
+        if not (tf.executing_eagerly() and adversarial.count.numpy()):
             for tracker in self._hidden_in_evaluation:
                 results.pop(tracker.name, None)
+        elif not clean.count.numpy():
+            results = {
+                **self._of_perturbed(results),
+                adversarial.name: results[adversarial.name],
+            }
         return results
 
     def perturb_on_batch(
@@ -650,10 +655,13 @@ class AdversarialRegularization(keras.Model):
     def _of_perturbed(self, logs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Says in the names of metrics that they were computed on perturbed inputs."""
         trackers = {tracker.name for tracker in self._training_trackers}
+
+        def name_of(name: str) -> str:
+            said = name == "loss" or name.startswith("adversarial_")
+            return name if said else f"adversarial_{name}"
+
         return {
-            name if name == "loss" else f"adversarial_{name}": value
-            for name, value in logs.items()
-            if name not in trackers
+            name_of(name): value for name, value in logs.items() if name not in trackers
         }
 
     def _batch_size(self, x: Features) -> Tensor:
