@@ -387,4 +387,5 @@ if __name__ == "__main__":
     keras.config.set_floatx("float64")
     chosen = sys.argv[3:] or CASES
     results = {name: CASES[name]() for name in chosen}
-    Path(sys.argv[2]).write_text(json.dumps(results))
+    # Older versions of Keras give arrays where newer ones give numbers.
+    Path(sys.argv[2]).write_text(json.dumps(results, default=np.ndarray.tolist))
