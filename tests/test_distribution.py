@@ -125,7 +125,9 @@ def without_logs(found):
     if not isinstance(found, dict):
         return found
     return {
-        name: without_logs(value) for name, value in found.items() if name != "logs"
+        name: without_logs(value)
+        for name, value in found.items()
+        if name not in {"logs", "evaluated", "tested"}
     }
 
 
