@@ -7,8 +7,11 @@ traced once.
 """
 
 import keras
-from art.attacks.evasion import AutoAttack, FastGradientMethod
-from art.attacks.evasion import ProjectedGradientDescent as PGD
+from art.attacks.evasion import (
+    AutoAttack,
+    FastGradientMethod,
+    ProjectedGradientDescent,
+)
 from art.defences.trainer import AdversarialTrainer, AdversarialTrainerMadryPGD
 from art.estimators.classification import TensorFlowV2Classifier
 
@@ -54,7 +57,7 @@ def attack(job):
     def made(target):
         if job.attack == "autoattack":
             return AutoAttack(target, eps=job.epsilon, batch_size=job.batch)
-        return PGD(
+        return ProjectedGradientDescent(
             target,
             eps=job.epsilon,
             eps_step=job.step_size,

@@ -57,6 +57,8 @@ def logits(model, x):
 
 
 class Mnist(nn.Module):
+    """The network of NSL's tutorial on MNIST."""
+
     def __init__(self):
         super().__init__()
         self.conv1 = nn.Conv2d(1, 32, 3)
@@ -65,7 +67,7 @@ class Mnist(nn.Module):
         self.dense = nn.Linear(576, 64)
         self.logits = nn.Linear(64, CLASSES)
 
-    def forward(self, x):
+    def forward(self, x):  # noqa: D102
         x = functional.max_pool2d(functional.relu(self.conv1(x)), 2)
         x = functional.max_pool2d(functional.relu(self.conv2(x)), 2)
         x = torch.flatten(functional.relu(self.conv3(x)), 1)
@@ -73,43 +75,47 @@ class Mnist(nn.Module):
 
 
 class ResNet(nn.Module):
+    """Three residual blocks with batch normalisation, halved between them."""
+
     def __init__(self):
         super().__init__()
-        self.add("stem", 3, 16)
+        self._add("stem", 3, 16)
         channels = 16
         for number, filters in enumerate((16, 32, 64), 1):
             name = f"block{number}"
-            self.add(f"{name}_a", channels, filters)
-            self.add(f"{name}_b", filters, filters)
+            self._add(f"{name}_a", channels, filters)
+            self._add(f"{name}_b", filters, filters)
             if channels != filters:
                 short = nn.Conv2d(channels, filters, 1, bias=False)
                 self.add_module(f"{name}_short", short)
             channels = filters
         self.logits = nn.Linear(channels, CLASSES)
 
-    def add(self, name, channels, filters):
+    def _add(self, name, channels, filters):
         convolution = nn.Conv2d(channels, filters, 3, padding=1, bias=False)
         self.add_module(name, convolution)
         # What Keras has by default.
         norm = nn.BatchNorm2d(filters, eps=1e-3, momentum=0.01)
         self.add_module(f"{name}_norm", norm)
 
-    def convolved(self, x, name):
+    def _convolved(self, x, name):
         return getattr(self, f"{name}_norm")(getattr(self, name)(x))
 
-    def forward(self, x):
-        x = functional.relu(self.convolved(x, "stem"))
+    def forward(self, x):  # noqa: D102
+        x = functional.relu(self._convolved(x, "stem"))
         for number in (1, 2, 3):
             name = f"block{number}"
             if number > 1:
                 x = functional.avg_pool2d(x, 2)
             shortcut = getattr(self, f"{name}_short", nn.Identity())(x)
-            x = functional.relu(self.convolved(x, f"{name}_a"))
-            x = functional.relu(self.convolved(x, f"{name}_b") + shortcut)
+            x = functional.relu(self._convolved(x, f"{name}_a"))
+            x = functional.relu(self._convolved(x, f"{name}_b") + shortcut)
         return self.logits(x.mean((2, 3)))
 
 
 class Mlp(nn.Module):
+    """A multi-layer perceptron."""
+
     def __init__(self, width=256, depth=2):
         super().__init__()
         self.depth = depth
@@ -118,7 +124,7 @@ class Mlp(nn.Module):
             self.add_module(f"dense{number}", nn.Linear(inputs, width))
         self.logits = nn.Linear(width, CLASSES)
 
-    def forward(self, x):
+    def forward(self, x):  # noqa: D102
         for number in range(1, self.depth + 1):
             x = functional.relu(getattr(self, f"dense{number}")(x))
         return self.logits(x)
