@@ -22,14 +22,17 @@ The work:
   Keras trains on clean examples alone. ART's `AdversarialTrainer` replaces the batch by
   its perturbed examples, which makes as many passes; `art_compiled` is ART with a step
   of training that the user compiled, which it traces anew in each batch otherwise.
-- `evaluate`: of a compiled model, on random images.
+- `evaluate`, `predict`: of a compiled model, on random images.
 - `first step`: compiling, tracing and making a step by `fit`, in a new process.
 - `memory`: the most that a new process has held after five steps, Python and
   TensorFlow included.
-- `attack`: PGD-20 and AutoAttack at radius 0.1 on test images of MNIST, or of
-  scikit-learn's digits where MNIST is not there, against the same plainly trained
-  network. What an attack traces for a network that it has not seen is counted. The
-  table has the accuracy that each side leaves: a ratio counts at equal accuracy only.
+- `attack`: PGD-20 and AutoAttack on test images of MNIST, or of scikit-learn's digits
+  where MNIST is not there, against the same plainly trained network. What an attack
+  traces for a network that it has not seen is counted. The table has the accuracy that
+  each side leaves: a ratio counts at equal accuracy only.
+
+The works on the tutorial's network are that of the tutorial on random images, but for
+the attacks; the last numbers of a name are the radius, if it is not 0.2, and the batch.
 
 MNIST comes from TensorFlow Datasets, which `python -m pip install -e ".[demo]"` brings.
 """
@@ -406,6 +409,7 @@ def chosen(settings):
     every = [
         *works.training_steps(batches),
         *works.evaluations(batches, settings.evaluated),
+        *works.predictions(batches, settings.evaluated),
         *works.first_steps(batches),
         *works.memory(batches),
         *works.attacks(settings.images, settings.hard_images),

@@ -39,12 +39,12 @@ def training_task(model, base, *data):
     return step_task(lambda iterator: model.train_function(iterator), base, *data)
 
 
-def evaluation_task(model, base, batch, *data):
-    """`evaluate` of a compiled model, on the first examples."""
+def inference_task(method, base, batch, *data):
+    """`evaluate` or `predict` of a compiled model, on the first examples."""
 
     def run(count):
         part = tf.nest.map_structure(lambda array: array[:count], data)
-        model.evaluate(*part, batch_size=batch, verbose=0)
+        method(*part, batch_size=batch, verbose=0)
 
     return Task(lambda: run, logits_of(base))
 

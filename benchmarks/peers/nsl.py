@@ -37,5 +37,5 @@ def step(job):
 
 def evaluate(job):
     base = keras_networks.load(job)
-    data = dictionary(*job.data(job.examples))
-    return keras_tasks.evaluation_task(wrapped(base, job), base, job.batch, data)
+    model, data = wrapped(base, job), dictionary(*job.data(job.examples))
+    return keras_tasks.inference_task(model.evaluate, base, job.batch, data)

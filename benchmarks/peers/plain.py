@@ -11,7 +11,13 @@ def step(job):
 def evaluate(job):
     base = keras_networks.load(job)
     model, data = keras_tasks.compiled(base), job.data(job.examples)
-    return keras_tasks.evaluation_task(model, base, job.batch, *data)
+    return keras_tasks.inference_task(model.evaluate, base, job.batch, *data)
+
+
+def predict(job):
+    base = keras_networks.load(job)
+    model, (x, _) = keras_tasks.compiled(base), job.data(job.examples)
+    return keras_tasks.inference_task(model.predict, base, job.batch, x)
 
 
 def first_step(job):

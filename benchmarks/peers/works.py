@@ -87,6 +87,19 @@ def evaluations(batches, images):
             )
 
 
+def predictions(batches, images):
+    for batch in batches:
+        job = step_job("mnist", batch, 1, 0.2, "predict")
+        yield Work(
+            f"predict/mnist/{batch}",
+            ("advreg", "plain"),
+            {**job, "examples": images},
+            10,
+            count=images,
+            warm=(images, images),
+        )
+
+
 def first_steps(batches):
     for attack, iterations, step_size in ATTACKS:
         for batch in batches:
@@ -110,35 +123,41 @@ def memory(batches):
 
 
 def attacks(images, hard_images):
-    pgd = {
-        "kind": "attack",
-        "network": "mnist",
-        "attack": "pgd",
-        "iterations": 20,
-        "epsilon": 0.1,
-        "step_size": 0.01,
-        "batch": 250,
-        "examples": images,
-    }
+    everyone = ("advreg", "art", "foolbox", "cleverhans")
+    for epsilon, step_size, batch, sides in (
+        (0.1, 0.01, 250, everyone),
+        (0.3, 0.0375, 250, everyone),
+        (0.1, 0.01, 32, ("advreg", "art")),  # ART's default.
+    ):
+        job = attack_job("pgd", epsilon, batch, images)
+        yield Work(
+            f"attack/mnist/pgd-20/{epsilon}/{batch}",
+            sides,
+            {**job, "iterations": 20, "step_size": step_size},
+            5,
+            trained=True,
+            count=images,
+            warm=(min(images, 64),),
+        )
     yield Work(
-        "attack/mnist/pgd-20/250",
-        ("advreg", "art", "foolbox", "cleverhans"),
-        pgd,
-        5,
-        trained=True,
-        count=images,
-        warm=(min(images, 64),),
-    )
-    auto = {**pgd, "attack": "autoattack", "batch": 100, "examples": hard_images}
-    yield Work(
-        "attack/mnist/autoattack/100",
+        "attack/mnist/autoattack/0.1/100",
         ("advreg", "art"),
-        auto,
+        attack_job("autoattack", 0.1, 100, hard_images),
         3,
         trained=True,
-        count=hard_images,
-        warm=(min(hard_images, 8),),
+        count=hard_images,  # Few would take ART as long: there is no warming up.
     )
+
+
+def attack_job(attack, epsilon, batch, images):
+    return {
+        "kind": "attack",
+        "network": "mnist",
+        "attack": attack,
+        "epsilon": epsilon,
+        "batch": batch,
+        "examples": images,
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,10 +191,10 @@ TARGETS = (
     ),
     Target("step/mnist/fgsm/256", "torch", 0.6),
     Target("step/mnist/fgsm/256", "art", 0.28),
-    Target("attack/mnist/pgd-20/250", "art", 0.3),
-    Target("attack/mnist/pgd-20/250", "foolbox", 0.38),
-    Target("attack/mnist/pgd-20/250", "cleverhans", 0.4),
-    Target("attack/mnist/autoattack/100", "art", 0.05),
+    Target("attack/mnist/pgd-20/0.1/250", "art", 0.3),
+    Target("attack/mnist/pgd-20/0.1/250", "foolbox", 0.38),
+    Target("attack/mnist/pgd-20/0.1/250", "cleverhans", 0.4),
+    Target("attack/mnist/autoattack/0.1/100", "art", 0.05),
     Target("first step/mnist/fgsm/32", "plain", 2.5),
     Target("first step/mnist/fgsm/256", "plain", 2.5),
     Target("memory/mnist/fgsm/256", "plain", 1.3),
