@@ -11,9 +11,10 @@ import environments
 import keras
 import numpy as np
 import pytest
-from peers import curves, keras_networks, materials, ratios, works
+from comparison import curves, measuring, printing, ratios, works
+from comparison.protocol import Worker, WorkerError
+from peers import keras_networks, materials
 from peers.job import Job, Task
-from peers.protocol import Worker, WorkerError
 
 from advreg.demo import mnist_network
 
@@ -260,7 +261,7 @@ def work(**changes):
 
 def test_sides_take_turns_of_equal_length():
     sides = FakeSides({})
-    result, failures = compare.measure(sides, work(), work().sides)
+    result, failures = measuring.measure(sides, work(), work().sides)
     assert failures == []
     assert result["counts"] == {"advreg": 30, "plain": 8, "nsl": 8}
     assert result["values"]["nsl"] == pytest.approx([0.04] * 3)
@@ -271,7 +272,9 @@ def test_sides_take_turns_of_equal_length():
         *("plain", "nsl", "advreg"),
         *("nsl", "advreg", "plain"),
     ]
-    assert [line.split()[:2] for line in compare.table_of(result).splitlines()[2:]] == [
+    assert [
+        line.split()[:2] for line in printing.table_of(result).splitlines()[2:]
+    ] == [
         ["plain", "40.00"],
         ["nsl", "40.00"],
     ]
@@ -281,7 +284,7 @@ def test_sides_take_turns_of_equal_length():
 @pytest.mark.parametrize("defect", ["set_up", "check", "run", "logits"])
 def test_a_side_that_fails_drops_out(defect):
     sides = FakeSides({"nsl": defect})
-    result, (failure,) = compare.measure(sides, work(), work().sides)
+    result, (failure,) = measuring.measure(sides, work(), work().sides)
     assert set(result["values"]) == {"advreg", "plain"}
     assert failure.startswith("step: nsl: ")
     timed = [side for side, do, count in sides.asked if do == "run" and count != 1]
@@ -290,7 +293,7 @@ def test_a_side_that_fails_drops_out(defect):
 
 def test_without_advreg_there_is_nothing_to_compare():
     sides = FakeSides({"advreg": "logits"})
-    result, (failure,) = compare.measure(sides, work(), work().sides)
+    result, (failure,) = measuring.measure(sides, work(), work().sides)
     assert result is None
     assert failure.endswith("Received: a difference of nan")
 
@@ -313,7 +316,7 @@ def test_files_carry_a_network(tmp_path):
     x, y = job.data()
     assert (x.shape, x.dtype, y.shape) == ((3, 32, 32, 3), "float32", (3,))
     model = keras_networks.load(job)
-    np.testing.assert_allclose(model(x), job.read()["logits"][:3], atol=1e-6)
+    np.testing.assert_allclose(model(x), job.logits()[:3], atol=1e-6)
     with pytest.raises(ValueError, match="Received: 5"):
         job.data(5)
 

@@ -40,29 +40,31 @@ class Job:
     batch: int = 32
     examples: int = 0
 
-    def read(self):
-        """The arrays of the file, by name."""
-        with np.load(self.file) as file:
-            return {name: file[name] for name in file.files}
-
     def data(self, count=None):
         """Examples and labels: a batch, unless their number is said."""
-        arrays = self.read()
         count = count or self.batch
-        if count > len(arrays["x"]):
+        with np.load(self.file) as file:
+            x, y = file["x"], file["y"]
+        if count > len(x):
             raise ValueError(
-                f"`count` must be at most {len(arrays['x'])}, the examples of the "
-                f"file. Received: {count}"
+                f"`count` must be at most {len(x)}, the examples of the file. "
+                f"Received: {count}"
             )
-        return arrays["x"][:count], arrays["y"][:count]
+        return x[:count].copy(), y[:count].copy()
+
+    def logits(self):
+        """The logits of the first examples, as plain Keras computed them."""
+        with np.load(self.file) as file:
+            return file["logits"]
 
     def weights(self):
         """The list of arrays of each layer that has any, by the layer's name."""
         layers = {}
-        for name, value in self.read().items():
-            if name.startswith("weights/"):
-                _, layer, number = name.split("/")
-                layers.setdefault(layer, {})[int(number)] = value
+        with np.load(self.file) as file:
+            for name in file.files:
+                if name.startswith("weights/"):
+                    _, layer, number = name.split("/")
+                    layers.setdefault(layer, {})[int(number)] = file[name]
         return {
             layer: [arrays[number] for number in sorted(arrays)]
             for layer, arrays in layers.items()

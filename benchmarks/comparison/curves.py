@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from peers.ratios import straight_line
-from peers.works import step_job
+from comparison.ratios import straight_line
+from comparison.works import step_job
 
 
 @dataclasses.dataclass(frozen=True)
