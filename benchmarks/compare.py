@@ -23,7 +23,7 @@ The work:
   its perturbed examples, which makes as many passes; `art_compiled` is ART with a step
   of training that the user compiled, which it traces anew in each batch otherwise.
 - `evaluate`, `predict`: of a compiled model, on random images.
-- `first step`: compiling, tracing and making a step by `fit`, in a new process.
+- `first-step`: compiling, tracing and making a step by `fit`, in a new process.
 - `memory`: the most that a new process has held after five steps, Python and
   TensorFlow included, and its growth since the network was there.
 - `attack`: PGD-20 and AutoAttack on test images of MNIST, or of scikit-learn's digits
@@ -38,14 +38,11 @@ MNIST comes from TensorFlow Datasets, which `python -m pip install -e ".[demo]"`
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
 import pathlib
-import platform
 import signal
-import subprocess
 import sys
 import tempfile
 
@@ -53,10 +50,11 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from comparison import works
 from comparison.curves import curves
+from comparison.machine import load, machine
 from comparison.measuring import measure, measure_curve
 from comparison.printing import print_curve, print_targets, table_of
 from comparison.protocol import WorkerError
-from comparison.sides import BENCHMARKS, Sides, prepare
+from comparison.sides import Sides, prepare
 
 
 def targets_table(results):
@@ -65,36 +63,6 @@ def targets_table(results):
     for target in works.TARGETS:
         ratio, told = works.verdict(target, by_name.get(target.work))
         yield {**dataclasses.asdict(target), "measured": ratio, "met": told}
-
-
-def machine(threads):
-    """What the figures depend on besides the code."""
-    command = ["git", "-C", str(BENCHMARKS), "describe", "--always", "--dirty"]
-    commit = None
-    with contextlib.suppress(OSError):
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    return {
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "system": platform.platform(),
-        "load before": load(),
-        "commit": commit,
-    }
-
-
-def load():
-    """How many processes want to run, where the system tells it."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-
-
-def processor():
-    """The name of the processor, where the system tells it."""
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 def chosen(settings):
@@ -112,14 +80,14 @@ def chosen(settings):
 
 
 def is_chosen(name, only):
-    """Whether a name has one of the parts, or there are none."""
-    return not only or any(part in name for part in only)
+    """Whether a name begins as one of some, or there are none."""
+    return not only or any(name.startswith(start) for start in only)
 
 
 def parse(arguments=None):
     """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", help="parts of the names of works")
+    parser.add_argument("--only", nargs="+", help="how names of works begin")
     parser.add_argument(
         "--sides", nargs="+", choices=works.SIDES, metavar="SIDE", help="some sides"
     )
@@ -150,6 +118,11 @@ def parse(arguments=None):
             setattr(settings, name, value)
     if settings.quick and settings.turns is None:
         settings.turns = 2
+    if settings.json and not settings.json.absolute().parent.is_dir():
+        parser.error(
+            "`--json` must be a file in a folder that exists. "
+            f"Received: {settings.json}"
+        )
     if settings.hard_images > settings.images:
         parser.error(
             f"`--hard-images` must be at most `--images`, {settings.images}. "
@@ -193,7 +166,7 @@ def main():
         return
     if not wanted and not settings.curves:
         sys.exit(
-            "`--only` must be parts of names that `--list` prints. "
+            "`--only` must be how names begin that `--list` prints. "
             f"Received: {' '.join(settings.only)}"
         )
     needed = {name for work in wanted for name in work.sides} | {"advreg", "plain"}
@@ -214,7 +187,8 @@ def main():
         else:
             found["works"] = compare(sides, wanted, failures)
             found["targets"] = list(targets_table(found["works"]))
-            print_targets(found["targets"])
+            names = {work.name for work in wanted}
+            print_targets([line for line in found["targets"] if line["work"] in names])
         found["versions"] = sides.versions
     found["machine"]["load after"] = load()
     found["failures"] = failures

@@ -204,9 +204,12 @@ def test_each_target_is_one_of_a_work_and_its_sides():
 
 
 def test_options_choose_works():
-    settings = compare.parse(["--only", "step/mlp/fgsm", "memory", "--batch", "8"])
+    settings = compare.parse(["--only", "step/m", "memory", "--batch", "8"])
     assert [work.name for work in compare.chosen(settings)] == [
+        "step/mnist/fgsm/8",
+        "step/mnist/pgd-10/8",
         "step/mlp/fgsm/8",
+        "step/mlp/pgd-10/8",
         "memory/mnist/fgsm/8",
     ]
     assert compare.parse(["--quick"]).images < compare.parse([]).images == 2000
@@ -219,6 +222,7 @@ def test_options_choose_works():
         (["--turns", "0"], "Received: 0"),
         (["--images", "9", "--hard-images", "10"], "Received: 10"),
         (["--sides", "nsl", "none"], "none"),
+        (["--json", "no/such/folder/file"], "Received: no"),
     ],
 )
 def test_options_are_checked(options, told, capsys):
@@ -350,7 +354,6 @@ def test_versions_of_the_environments_are_exact():
         assert all("==" in text for text in environment.requirements)
     sides = {name for name in works.SIDES.values() if name is not None}
     assert sides == set(environments.known())
-    modules = {
-        path.stem for path in pathlib.Path(compare.BENCHMARKS, "peers").glob("*.py")
-    }
+    folder = pathlib.Path(compare.__file__).with_name("peers")
+    modules = {path.stem for path in folder.glob("*.py")}
     assert set(works.SIDES) <= modules

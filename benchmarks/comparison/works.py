@@ -104,7 +104,7 @@ def first_steps(batches):
     for attack, iterations, step_size in ATTACKS:
         for batch in batches:
             job = step_job("mnist", batch, iterations, step_size, "first_step")
-            name = f"first step/mnist/{attack}/{batch}"
+            name = f"first-step/mnist/{attack}/{batch}"
             yield Work(name, ("advreg", "plain"), job, 5, fresh=True, count=1)
 
 
@@ -195,8 +195,8 @@ TARGETS = (
     Target("attack/mnist/pgd-20/0.1/250", "foolbox", 0.38),
     Target("attack/mnist/pgd-20/0.1/250", "cleverhans", 0.4),
     Target("attack/mnist/autoattack/0.1/100", "art", 0.05),
-    Target("first step/mnist/fgsm/32", "plain", 2.5),
-    Target("first step/mnist/fgsm/256", "plain", 2.5),
+    Target("first-step/mnist/fgsm/32", "plain", 2.5),
+    Target("first-step/mnist/fgsm/256", "plain", 2.5),
     Target("memory/mnist/fgsm/256", "plain", 1.3),
     Target("step/tiny/fgsm/32", "plain", 2.2),
 )
