@@ -21,7 +21,10 @@ The work:
   network for MNIST, a small ResNet with batch normalisation and a perceptron. Plain
   Keras trains on clean examples alone. ART's `AdversarialTrainer` replaces the batch by
   its perturbed examples, which makes as many passes; `art_compiled` is ART with a step
-  of training that the user compiled, which it traces anew in each batch otherwise.
+  of training that the user compiled, which it traces anew in each batch otherwise. How
+  far the three steps of warming up have moved the logits stands in the columns `moved`:
+  alike where the arithmetic is alike, which is so of advreg, the loop and NSL, and but
+  for how Adam's epsilon is meant of PyTorch.
 - `evaluate`, `predict`: of a compiled model, on random images.
 - `first-step`: compiling, tracing and making a step by `fit`, in a new process.
 - `memory`: the most that a new process has held after five steps, Python and

@@ -270,6 +270,7 @@ def test_sides_take_turns_of_equal_length():
     assert result["counts"] == {"advreg": 30, "plain": 8, "nsl": 8}
     assert result["values"]["nsl"] == pytest.approx([0.04] * 3)
     assert result["ratios"]["nsl"] == pytest.approx((0.25,) * 3)
+    assert result["moved"] == {"advreg": 1e-6, "plain": 1e-6, "nsl": 1e-6}
     runs = [side for side, do, count in sides.asked if do == "run" and count != 1]
     assert runs == [
         *("advreg", "plain", "nsl"),

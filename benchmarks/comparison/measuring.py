@@ -54,6 +54,8 @@ def measure(sides, work, names):
             if side != "advreg"
         },
     }
+    if all("moved" in found[0] for found in answers.values()):
+        result["moved"] = {side: found[0]["moved"] for side, found in answers.items()}
     if work.measure == "peak":
         result["growth"] = {
             side: statistics.median(
@@ -102,12 +104,19 @@ def turns(sides, work, names, job, count):
             answer = attempt(side, "run", job=identity, count=some)
             if count is None and answer is not None:
                 counts[side] = steps_of_a_turn(answer["seconds"])
+    moved = {}
+    if job["kind"] == "step":
+        for side in tuple(names):
+            moved[side] = attempt(side, "check", job=identity)
     answers = {side: [] for side in names}
     for turn in range(sides.settings.turns or work.turns):
         for side in rotated(names, turn):
             answer = attempt(side, "run", job=identity, count=counts[side])
             if answer is not None:
-                answers[side].append({**answer, "count": counts[side]})
+                answer["count"] = counts[side]
+                if side in moved:
+                    answer["moved"] = moved[side]["difference"]
+                answers[side].append(answer)
     for side in tuple(names):
         attempt(side, "drop", job=identity)
     return {side: answers[side] for side in names}, failures

@@ -5,28 +5,27 @@ import statistics
 from advreg.tables import text_table
 
 UNITS = {"peak": ("MB", 1e-6, 0), "step": ("ms", 1e3, 2), "whole": ("s", 1, 2)}
+# What a result may have besides: its name, a factor, and digits.
+BESIDES = (("accuracy", 1, 4), ("moved", 1, 3), ("growth", 1e-6, 0))
 
 
 def table_of(result):
     """The table of a work, a line for each peer."""
     unit, scale, digits = UNITS[unit_of(result)]
     own = statistics.median(result["values"]["advreg"]) * scale
-    accuracy, growth = result["accuracy"], result.get("growth")
-    head = (result["work"], f"peer {unit}", f"advreg {unit}", "ratio", "quartiles")
+    besides = [column for column in BESIDES if result.get(column[0])]
+    head = [result["work"], f"peer {unit}", f"advreg {unit}", "ratio", "quartiles"]
+    for name, _, _ in besides:
+        head += [f"peer {name}", f"advreg {name}"]
     rows = []
     for peer, (low, median, high) in result["ratios"].items():
         theirs = statistics.median(result["values"][peer]) * scale
-        row = (peer, f"{theirs:.{digits}f}", f"{own:.{digits}f}", f"{median:.3f}")
-        row = (*row, f"{low:.3f}–{high:.3f}")
-        if accuracy:
-            row = (*row, f"{accuracy[peer]:.4f}", f"{accuracy['advreg']:.4f}")
-        if growth:
-            row = (*row, *(f"{growth[side] * scale:.0f}" for side in (peer, "advreg")))
+        row = [peer, f"{theirs:.{digits}f}", f"{own:.{digits}f}", f"{median:.3f}"]
+        row.append(f"{low:.3f}–{high:.3f}")
+        for name, factor, places in besides:
+            values = (result[name][side] * factor for side in (peer, "advreg"))
+            row += [f"{value:.{places}f}" for value in values]
         rows.append(row)
-    if accuracy:
-        head = (*head, "peer accuracy", "advreg accuracy")
-    if growth:
-        head = (*head, "peer growth", "advreg growth")
     return text_table(head, rows)
 
 

@@ -16,8 +16,9 @@ def wrapped(base, job):
         adv_grad_norm="infinity",
         pgd_iterations=job.iterations,
         pgd_epsilon=None if job.iterations == 1 else job.epsilon,
-        clip_value_min=CLIP[0],
-        clip_value_max=CLIP[1],
+        # For a dictionary of features NSL ignores a range that is a scalar.
+        clip_value_min={"image": CLIP[0]},
+        clip_value_max={"image": CLIP[1]},
     )
     model = nsl.keras.AdversarialRegularization(
         base, label_keys=["label"], adv_config=config
