@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import subprocess
 import sys
 import types
 
@@ -358,3 +359,26 @@ def test_versions_of_the_environments_are_exact():
     folder = pathlib.Path(compare.__file__).with_name("peers")
     modules = {path.stem for path in folder.glob("*.py")}
     assert set(works.SIDES) <= modules
+
+
+@pytest.mark.slow
+def test_the_script_compares_what_needs_no_other_environment(tmp_path):
+    file = tmp_path / "found.json"
+    script = pathlib.Path(compare.__file__)
+    options = ["--only", "step/tiny", "--sides", "loop", "--quick", "--json", str(file)]
+    result = subprocess.run(
+        [sys.executable, str(script), *options], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    found = json.loads(file.read_text())
+    (step,) = found["works"]
+    assert set(step["ratios"]) == {"plain", "loop"}
+    assert all(value > 0 for values in step["values"].values() for value in values)
+    # The loop does what advreg does, and plain Keras something else.
+    assert step["moved"]["advreg"] == pytest.approx(step["moved"]["loop"], rel=1e-3)
+    assert step["moved"]["advreg"] != pytest.approx(step["moved"]["plain"], rel=1e-3)
+    assert "step/tiny/fgsm/32" in result.stdout
+    measured = [line for line in found["targets"] if line["measured"] is not None]
+    assert [(line["work"], line["peer"]) for line in measured] == [
+        ("step/tiny/fgsm/32", "plain")
+    ]
