@@ -29,7 +29,7 @@ print(json.dumps([list(sys.version_info[:2]), found]))
 """
 
 
-class EnvironmentError(Exception):
+class PreparationError(Exception):
     """An environment cannot be made. Its message says what is missing."""
 
 
@@ -131,7 +131,7 @@ def find_python(environment, python=None):
     """An interpreter to make an environment with.
 
     Raises:
-        EnvironmentError: There is none.
+        PreparationError: There is none.
     """
     if not environment.pythons:
         return sys.executable
@@ -142,7 +142,7 @@ def find_python(environment, python=None):
         if answer is not None and answer[0] in wanted:
             return name
     received = python or f"none of {', '.join(names[1:])} on the PATH"
-    raise EnvironmentError(
+    raise PreparationError(
         f"The environment {environment.name!r} needs Python "
         f"{' or '.join(environment.pythons)}: install one, and have it on the PATH. "
         f"Received: {received}"
@@ -158,7 +158,7 @@ def prepare(environment, folder=None, python=None):
         python: The interpreter to make it with, by default one that is found.
 
     Raises:
-        EnvironmentError: There is no fitting Python, pip fails, or the folder is
+        PreparationError: There is no fitting Python, pip fails, or the folder is
             something else.
     """
     folder = (folder or FOLDER / environment.name).absolute()
@@ -166,7 +166,7 @@ def prepare(environment, folder=None, python=None):
     if is_complete(environment, found):
         return found
     if folder.exists() and not (folder / "pyvenv.cfg").exists():
-        raise EnvironmentError(
+        raise PreparationError(
             "An environment must be a virtual environment or a folder that does not "
             f"exist yet. Received: {folder}"
         )
@@ -182,11 +182,11 @@ def prepare(environment, folder=None, python=None):
     ):
         told = subprocess.run(command, capture_output=True, text=True)
         if told.returncode:
-            raise EnvironmentError(
+            raise PreparationError(
                 f"{' '.join(command)} failed:\n{told.stderr or told.stdout}"
             )
     if not is_complete(environment, found):
-        raise EnvironmentError(
+        raise PreparationError(
             f"The environment must have {', '.join(environment.requirements)}. "
             f"Received: {folder}; remove it, or name another one"
         )

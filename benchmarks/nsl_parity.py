@@ -183,7 +183,7 @@ def main():
         python = environments.prepare(
             environments.known()["nsl"], arguments.environment, arguments.python
         )
-    except environments.EnvironmentError as error:
+    except environments.PreparationError as error:
         sys.exit(str(error))
     theirs, ours = run_both(python, arguments.only)
     sys.exit(report(theirs, ours))

@@ -344,10 +344,10 @@ def test_an_environment_tells_what_it_lacks(tmp_path):
     assert environments.is_complete(numpy, sys.executable)
     other = environments.Environment("some", numpy.packages, pythons=("2.7",))
     assert not environments.is_complete(other, sys.executable)
-    with pytest.raises(environments.EnvironmentError, match=r"needs Python 2\.7"):
+    with pytest.raises(environments.PreparationError, match=r"needs Python 2\.7"):
         environments.prepare(other, tmp_path / "none", sys.executable)
     (tmp_path / "file").touch()
-    with pytest.raises(environments.EnvironmentError, match="Received: "):
+    with pytest.raises(environments.PreparationError, match="Received: "):
         environments.prepare(other, tmp_path)
 
 

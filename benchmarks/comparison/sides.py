@@ -103,6 +103,6 @@ def prepare(names):
                 if environment is None
                 else environments.prepare(known[environment])
             )
-        except environments.EnvironmentError as error:
+        except environments.PreparationError as error:
             failures.append(f"{side}: {error}")
     return pythons, failures
