@@ -7,7 +7,8 @@ whose values come from other generators; and, for each defect of NSL that is men
 what either side gave. The exit status is 1 if a verdict is not as it should be.
 
 NSL runs in an environment of its own, which is made where it is missing, and kept:
-TensorFlow 2.15.1 and NumPy below 2 from the package index, which need Python 3.11.
+TensorFlow 2.15.1 and NumPy below 2 from the package index, which need Python 3.9 to
+3.11. It is that of `compare.py`.
 
     python benchmarks/nsl_parity.py [--environment DIR] [--python python3.11]
 """
@@ -15,73 +16,19 @@ TensorFlow 2.15.1 and NumPy below 2 from the package index, which need Python 3.
 import argparse
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
 import tempfile
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+import environments
 import numpy as np
 
 from advreg.tables import text_table
 
 TOLERANCE = 1e-6
 WORKER = pathlib.Path(__file__).with_name("nsl_parity_worker.py")
-REQUIREMENTS = ("tensorflow==2.15.1", "numpy<2", "neural-structured-learning==1.4.0")
-# What an environment must say of itself to be complete.
-QUESTION = """
-import sys
-from importlib.metadata import version
-print(*sys.version_info[:2], version("tensorflow"), version("numpy").split(".")[0],
-      version("neural-structured-learning"))
-"""
-ANSWER = "3 11 2.15.1 1 1.4.0"
-
-
-def default_environment():
-    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(cache) / "advreg" / "nsl-1.4.0"
-
-
-def interpreter(environment):
-    folder, name = ("Scripts", "python.exe") if os.name == "nt" else ("bin", "python")
-    return environment / folder / name
-
-
-def is_complete(python):
-    if not python.exists():
-        return False
-    command = [str(python), "-I", "-c", QUESTION]
-    answer = subprocess.run(command, capture_output=True, text=True)
-    return answer.stdout.strip() == ANSWER
-
-
-def prepare(environment, python):
-    """Makes NSL's environment, unless it is there, and returns its Python."""
-    found = interpreter(environment)
-    if is_complete(found):
-        return found
-    if environment.exists() and not (environment / "pyvenv.cfg").exists():
-        sys.exit(
-            "`--environment` must be a virtual environment or a folder that does not "
-            f"exist yet. Received: {environment}"
-        )
-    if shutil.which(python) is None:
-        sys.exit(
-            "NSL 1.4.0 needs Python 3.11: install it, or say by `--python` where it "
-            f"is. Received: {python}, which is not found"
-        )
-    print(f"Installing NSL 1.4.0 into {environment}", file=sys.stderr)
-    subprocess.run([python, "-m", "venv", str(environment)], check=True)
-    install = [str(found), "-m", "pip", "install", "--quiet", *REQUIREMENTS]
-    subprocess.run(install, check=True)
-    if not is_complete(found):
-        sys.exit(
-            f"The environment must have Python 3.11 and {', '.join(REQUIREMENTS)}. "
-            f"Received: {environment}; remove it, or name another one"
-        )
-    return found
 
 
 def run_both(nsl_python, only):
@@ -224,15 +171,20 @@ def main():
     parser.add_argument(
         "--environment",
         type=pathlib.Path,
-        default=default_environment(),
+        default=environments.FOLDER / "nsl",
         help="folder of NSL's environment (default: %(default)s)",
     )
     parser.add_argument(
-        "--python", default="python3.11", help="the Python to make it with"
+        "--python", help="the Python to make it with (default: one on the PATH)"
     )
     parser.add_argument("--only", default="", help="a part of the names of groups")
     arguments = parser.parse_args()
-    python = prepare(arguments.environment.absolute(), arguments.python)
+    try:
+        python = environments.prepare(
+            environments.known()["nsl"], arguments.environment, arguments.python
+        )
+    except environments.PreparationError as error:
+        sys.exit(str(error))
     theirs, ours = run_both(python, arguments.only)
     sys.exit(report(theirs, ours))
 

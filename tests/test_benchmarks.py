@@ -185,7 +185,6 @@ def test_nsl_parity_knows_the_law_of_random_starts(power, told):
 
 @pytest.mark.slow
 def test_preset_cost_prints_a_row_for_each_preset(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(BENCHMARKS)
     cost = script("preset_cost")
     configs = cost.presets(2)
     assert {re.split("[-, ]", name)[0] for name in configs} == PRESETS

@@ -1,0 +1,208 @@
+"""What advreg costs beside its peers: the same work on the same data, side by side.
+
+The sides are plain Keras, a hand-written minimal loop, NSL 1.4.0, ART 1.20, Foolbox
+3.3, CleverHans 4 (on its TensorFlow 2), and a loop in PyTorch as its tutorials write
+it. Each runs in a process of its own, and in an environment of its own that is made by
+pip where it is missing (`environments.py`). All start from the same weights, and none
+is timed unless its logits are those of plain Keras to 1e-4.
+
+The sides take turns, each time in another order, so that a machine whose speed drifts
+slows all of them. A ratio is the median over the turns of advreg's time to the peer's
+in that turn, with its quartiles. All sides have as many threads, and the same cores.
+
+    python benchmarks/compare.py [--only step/mnist evaluate] [--json FILE]
+    python benchmarks/compare.py --quick        # that everything runs
+    python benchmarks/compare.py --curves       # cost against one quantity at a time
+    python benchmarks/compare.py --list         # the names for --only
+
+The work:
+
+- `step`: a step of training as `fit` makes it, tracing left out, on the tutorial's
+  network for MNIST, a small ResNet with batch normalisation and a perceptron. Plain
+  Keras trains on clean examples alone. ART's `AdversarialTrainer` replaces the batch by
+  its perturbed examples, which makes as many passes; `art_compiled` is ART with a step
+  of training that the user compiled, which it traces anew in each batch otherwise. How
+  far the three steps of warming up have moved the logits stands in the columns `moved`:
+  alike where the arithmetic is alike, which is so of advreg, the loop and NSL, and but
+  for how Adam's epsilon is meant of PyTorch.
+- `evaluate`, `predict`: of a compiled model, on random images.
+- `first-step`: compiling, tracing and making a step by `fit`, in a new process.
+- `memory`: the most that a new process has held after five steps, Python and
+  TensorFlow included, and its growth since the network was there.
+- `attack`: PGD-20 and AutoAttack on test images of MNIST, or of scikit-learn's digits
+  where MNIST is not there, against the same plainly trained network. What an attack
+  traces for a network that it has not seen is counted. The table has the accuracy that
+  each side leaves: a ratio counts at equal accuracy only.
+
+The works on the tutorial's network are that of the tutorial on random images, but for
+the attacks; the last numbers of a name are the radius, if it is not 0.2, and the batch.
+
+MNIST comes from TensorFlow Datasets, which `python -m pip install -e ".[demo]"` brings.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import sys
+import tempfile
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+from comparison import works
+from comparison.curves import curves
+from comparison.machine import load, machine
+from comparison.measuring import measure, measure_curve
+from comparison.printing import print_curve, print_targets, table_of
+from comparison.protocol import WorkerError
+from comparison.sides import Sides, prepare
+
+
+def targets_table(results):
+    """The targets, what was measured, and whether they are met, as JSON can hold it."""
+    by_name = {result["work"]: result for result in results}
+    for target in works.TARGETS:
+        ratio, told = works.verdict(target, by_name.get(target.work))
+        yield {**dataclasses.asdict(target), "measured": ratio, "met": told}
+
+
+def chosen(settings):
+    """The works that the options ask for."""
+    batches = settings.batch
+    every = [
+        *works.training_steps(batches),
+        *works.evaluations(batches, settings.evaluated),
+        *works.predictions(batches, settings.evaluated),
+        *works.first_steps(batches),
+        *works.memory(batches),
+        *works.attacks(settings.images, settings.hard_images),
+    ]
+    return [work for work in every if is_chosen(work.name, settings.only)]
+
+
+def is_chosen(name, only):
+    """Whether a name begins as one of some, or there are none."""
+    return not only or any(name.startswith(start) for start in only)
+
+
+def parse(arguments=None):
+    """The options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", help="how names of works begin")
+    parser.add_argument(
+        "--sides", nargs="+", choices=works.SIDES, metavar="SIDE", help="some sides"
+    )
+    parser.add_argument("--batch", type=positive, nargs="+", default=works.BATCHES)
+    parser.add_argument("--turns", type=positive, help="turns of each work")
+    parser.add_argument(
+        "--images", type=positive, help="images for PGD-20 (default: 2000)"
+    )
+    parser.add_argument(
+        "--hard-images", type=positive, help="images for AutoAttack (default: 200)"
+    )
+    parser.add_argument(
+        "--evaluated", type=positive, help="images for `evaluate` (default: 4096)"
+    )
+    parser.add_argument(
+        "--epochs", type=positive, help="training of the attacked network (default: 5)"
+    )
+    parser.add_argument("--threads", type=positive, default=2)
+    parser.add_argument("--quick", action="store_true", help="small sizes, two turns")
+    parser.add_argument("--curves", action="store_true", help="curves, not the table")
+    parser.add_argument("--list", action="store_true", help="the names of the works")
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
+    settings = parser.parse_args(arguments)
+    quick = {"images": 100, "hard_images": 10, "evaluated": 512, "epochs": 1}
+    full = {"images": 2000, "hard_images": 200, "evaluated": 4096, "epochs": 5}
+    for name, value in (quick if settings.quick else full).items():
+        if getattr(settings, name) is None:
+            setattr(settings, name, value)
+    if settings.quick and settings.turns is None:
+        settings.turns = 2
+    if settings.json and not settings.json.absolute().parent.is_dir():
+        parser.error(
+            "`--json` must be a file in a folder that exists. "
+            f"Received: {settings.json}"
+        )
+    if settings.hard_images > settings.images:
+        parser.error(
+            f"`--hard-images` must be at most `--images`, {settings.images}. "
+            f"Received: {settings.hard_images}"
+        )
+    return settings
+
+
+def positive(text):
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1. Received: {number}")
+    return number
+
+
+def compare(sides, wanted, failures):
+    """Measures works one after the other, and prints the rows of each."""
+    results = []
+    for number, work in enumerate(wanted):
+        names = [name for name in work.sides if name in sides.pythons]
+        try:
+            result, failed = measure(sides, work, names)
+        except WorkerError as error:
+            result, failed = None, [f"{work.name}: {error}"]
+        failures.extend(failed)
+        if result is not None:
+            results.append(result)
+            print(f"{table_of(result)}\n", flush=True)
+        needed = {name for later in wanted[number + 1 :] for name in later.sides}
+        sides.keep({*needed, "plain"})
+    return results
+
+
+def main():
+    # Whoever ends this ends the workers too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("Terminated"))
+    settings = parse()
+    wanted = [] if settings.curves else chosen(settings)
+    if settings.list:
+        print(*(work.name for work in wanted), sep="\n")
+        return
+    if not wanted and not settings.curves:
+        sys.exit(
+            "`--only` must be how names begin that `--list` prints. "
+            f"Received: {' '.join(settings.only)}"
+        )
+    needed = {name for work in wanted for name in work.sides} | {"advreg", "plain"}
+    if settings.sides:
+        needed &= {*settings.sides, "advreg", "plain"}
+    pythons, failures = prepare([name for name in works.SIDES if name in needed])
+    found = {"machine": machine(settings.threads)}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Sides(pythons, pathlib.Path(folder), settings) as sides,
+    ):
+        if settings.curves:
+            found["curves"] = []
+            for curve in curves():
+                if is_chosen(curve.name, settings.only):
+                    found["curves"].append(measure_curve(sides, curve))
+                    print_curve(found["curves"][-1])
+        else:
+            found["works"] = compare(sides, wanted, failures)
+            found["targets"] = list(targets_table(found["works"]))
+            names = {work.name for work in wanted}
+            print_targets([line for line in found["targets"] if line["work"] in names])
+        found["versions"] = sides.versions
+    found["machine"]["load after"] = load()
+    found["failures"] = failures
+    if settings.json:
+        settings.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    told = [f"{name}: {value}" for name, value in found["machine"].items()]
+    print(f"\n{'; '.join(told)}")
+    for failure in failures:
+        print(f"\nFailed: {failure}", file=sys.stderr)
+    sys.exit(1 if failures else 0)
+
+
+if __name__ == "__main__":
+    main()

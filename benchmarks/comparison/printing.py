@@ -1,0 +1,70 @@
+"""What a run found, as tables in a terminal."""
+
+import statistics
+
+from advreg.tables import text_table
+
+UNITS = {"peak": ("MB", 1e-6, 0), "step": ("ms", 1e3, 2), "whole": ("s", 1, 2)}
+# What a result may have besides: its name, a factor, and digits.
+BESIDES = (("accuracy", 1, 4), ("moved", 1, 3), ("growth", 1e-6, 0))
+
+
+def table_of(result):
+    """The table of a work, a line for each peer."""
+    unit, scale, digits = UNITS[unit_of(result)]
+    own = statistics.median(result["values"]["advreg"]) * scale
+    besides = [column for column in BESIDES if result.get(column[0])]
+    head = [result["work"], f"peer {unit}", f"advreg {unit}", "ratio", "quartiles"]
+    for name, _, _ in besides:
+        head += [f"peer {name}", f"advreg {name}"]
+    rows = []
+    for peer, (low, median, high) in result["ratios"].items():
+        theirs = statistics.median(result["values"][peer]) * scale
+        row = [peer, f"{theirs:.{digits}f}", f"{own:.{digits}f}", f"{median:.3f}"]
+        row.append(f"{low:.3f}–{high:.3f}")
+        for name, factor, places in besides:
+            values = (result[name][side] * factor for side in (peer, "advreg"))
+            row += [f"{value:.{places}f}" for value in values]
+        rows.append(row)
+    return text_table(head, rows)
+
+
+def unit_of(result):
+    if result["measure"] == "peak":
+        return "peak"
+    return "step" if result["job"]["kind"] == "step" else "whole"
+
+
+def print_targets(found):
+    rows = [
+        (
+            line["work"],
+            line["peer"],
+            str(line["most"]),
+            "" if line["measured"] is None else f"{line['measured']:.3f}",
+            line["met"],
+        )
+        for line in found
+    ]
+    print(text_table(("target", "peer", "at most", "measured", "met"), rows))
+
+
+def print_curve(found):
+    name = found["curve"]
+    rows = [
+        (
+            str(point[name]),
+            f"{point['ms per step']:.2f}",
+            "{0:.2f}–{2:.2f}".format(*point["quartiles of ms"]),
+            f"{point['µs per example']:.1f}",
+        )
+        for point in found["points"]
+    ]
+    head = (name, "ms per step", "quartiles", "µs per example")
+    print(f"\n{text_table(head, rows)}")
+    print(
+        f"{found['ms at 0']:.3g} ms + {found['ms per unit']:.3g} ms × "
+        f"{found['straight in']}: no step is further from this line than "
+        f"{found['largest residual']:.0%} of its time",
+        flush=True,
+    )

@@ -1,0 +1,76 @@
+"""The parent's end of the pipe to a worker: a line of JSON each way."""
+
+import collections
+import contextlib
+import json
+import pathlib
+import subprocess
+
+
+class WorkerError(Exception):
+    """A worker could not do what it was asked to."""
+
+
+class Worker:
+    """A process that answers requests.
+
+    Args:
+        command: The command that starts it.
+        log: The file for what it prints.
+        environment: Its environment variables, by default those of this process.
+    """
+
+    def __init__(self, command, log, environment=None):
+        self.log = pathlib.Path(log)
+        with self.log.open("w") as file:
+            self.process = subprocess.Popen(
+                [str(word) for word in command],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                text=True,
+                env=environment,
+            )
+
+    def ask(self, do, **arguments):
+        """Sends a request, and returns the answer.
+
+        Raises:
+            WorkerError: The answer is an error, or no answer, as the process ended.
+        """
+        try:
+            print(
+                json.dumps({"do": do, **arguments}), file=self.process.stdin, flush=True
+            )
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            status = self.process.wait()
+            raise WorkerError(f"ended with status {status}: {self.last_words()}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise WorkerError(answer["error"])
+        return answer
+
+    def last_words(self):
+        """The last lines that the worker printed."""
+        with self.log.open(errors="replace") as file:
+            return "".join(collections.deque(file, 5)).strip()
+
+    def close(self):
+        """Ends the worker, which ends with its input."""
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        try:
+            self.process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()

@@ -1,0 +1,384 @@
+"""`benchmarks/compare.py`: what of it needs no peer."""
+
+import json
+import pathlib
+import subprocess
+import sys
+import types
+
+import compare
+import compare_worker
+import environments
+import keras
+import numpy as np
+import pytest
+from comparison import curves, measuring, printing, ratios, works
+from comparison.protocol import Worker, WorkerError
+from peers import keras_networks, materials
+from peers.job import Job, Task
+
+from advreg.demo import mnist_network
+
+# A worker that knows a few words: what it is told to say, or how to die.
+FAKE = """
+import json, sys
+for line in sys.stdin:
+    request = json.loads(line)
+    print("noise", file=sys.stderr)
+    if request["do"] == "die":
+        sys.exit("that was too much")
+    print(json.dumps(request["say"]), flush=True)
+"""
+
+
+@pytest.fixture
+def fake(tmp_path):
+    with Worker([sys.executable, "-c", FAKE], tmp_path / "log") as worker:
+        yield worker
+
+
+def test_a_worker_answers_each_request(fake):
+    for answer in ({"seconds": 0.5}, {"accuracy": {"ü": [1, 2]}}, {}):
+        assert fake.ask("run", say=answer) == answer
+
+
+def test_errors_of_a_worker_are_told(fake):
+    with pytest.raises(WorkerError, match=r"^ValueError: no$"):
+        fake.ask("run", say={"error": "ValueError: no"})
+    assert fake.ask("run", say={}) == {}
+
+
+def test_the_last_words_of_a_dead_worker_are_told(fake):
+    for _ in range(2):
+        with pytest.raises(WorkerError, match="status 1: noise\nthat was too much"):
+            fake.ask("die")
+
+
+def test_a_closed_worker_has_ended(fake):
+    fake.close()
+    assert fake.process.returncode == 0
+
+
+class FakeModule:
+    """A side whose network gives the sums of its examples, and whose work is none."""
+
+    def __init__(self):
+        self.done = []
+
+    def attack(self, job):
+        x, _ = job.data(job.examples)
+
+        def turn():
+            self.done.append("ready")
+            return lambda count: x[:count]
+
+        return Task(turn, lambda x: np.stack([-x.sum(1), x.sum(1)], 1))
+
+
+@pytest.fixture
+def side(tmp_path, monkeypatch):
+    """A side, and a job for it: of three examples two are classified rightly."""
+    x = np.array([[1.0, 1.0], [-1.0, -1.0], [2.0, 2.0]], "float32")
+    logits = np.stack([-x.sum(1), x.sum(1)], 1) + np.float32(0.25)
+    path = tmp_path / "file.npz"
+    np.savez(path, x=x, y=np.array([1, 0, 0]), logits=logits)
+    monkeypatch.setattr(
+        compare_worker.importlib, "import_module", lambda name: FakeModule()
+    )
+    job = {"kind": "attack", "network": "none", "file": str(path), "batch": 2}
+    return compare_worker.Side("none"), {**job, "examples": 3}
+
+
+def ask(side, do, **arguments):
+    return compare_worker.answer(side, json.dumps({"do": do, **arguments}))
+
+
+def test_a_worker_does_its_jobs(side):
+    side, job = side
+    assert "error" not in ask(side, "set_up", job="a", **job)
+    assert ask(side, "check", job="a") == {"difference": pytest.approx(0.25)}
+    answer = ask(side, "run", job="a", count=3)
+    assert answer["accuracy"] == pytest.approx(2 / 3)
+    assert answer["seconds"] >= 0
+    assert answer["peak"] is None or answer["peak"] > 1e7
+    assert ask(side, "run", job="a", count=2)["accuracy"] == 1.0
+    assert side.module.done == ["ready", "ready"]
+    assert ask(side, "drop", job="a") == {}
+    assert ask(side, "run", job="a", count=1) == {"error": "KeyError: 'a'"}
+
+
+def test_a_worker_tells_what_it_cannot_do(side):
+    side, job = side
+    assert "no_such" in ask(side, "no_such")["error"]
+    assert "JSONDecodeError" in compare_worker.answer(side, "{")["error"]
+    answer = ask(side, "set_up", job="a", **{**job, "examples": 4})
+    assert answer["error"].endswith("Received: 4")
+
+
+def test_a_worker_tells_its_versions(side):
+    assert ask(side[0], "hello")["versions"]["keras"] == keras.__version__
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([3.0], (3.0, 3.0, 3.0)),
+        ([1.0, 2.0], (1.25, 1.5, 1.75)),
+        ([5.0, 1.0, 2.0, 4.0, 3.0], (2.0, 3.0, 4.0)),
+    ],
+)
+def test_quartiles(values, expected):
+    assert ratios.quartiles(values) == expected
+
+
+def test_ratios_are_taken_within_a_turn():
+    # The machine slowed down tenfold, and both sides with it.
+    own, other = [1.0, 2.0, 30.0], [1.0, 4.0, 10.0]
+    assert ratios.ratios(own, other) == (0.75, 1.0, 2.0)
+    with pytest.raises(ValueError, match="zip"):
+        ratios.ratios(own, other[:2])
+
+
+def test_a_straight_line_is_found_with_what_is_off_it():
+    x = np.array([1.0, 2.0, 5.0, 40.0])
+    start, slope, residual = ratios.straight_line(x, 3 + 2 * x)
+    assert (start, slope) == pytest.approx((3, 2))
+    assert residual < 1e-9
+    assert ratios.straight_line(x, x**2)[-1] > 0.3
+
+
+def test_a_curve_is_described_per_step_and_per_example():
+    (curve,) = (curve for curve in curves.curves() if curve.name == "batch")
+    batches = [quantity for quantity, _, _ in curve.points]
+    assert (batches[0], batches[-1]) == (8, 1024)
+    found = curves.described(curve, [0.5 + 0.25 * batch for batch in batches])
+    assert found["points"][0] == {
+        "batch": 8,
+        "ms per step": 2.5,
+        "µs per example": 312.5,
+    }
+    assert found["ms at 0"] == pytest.approx(0.5)
+    assert found["ms per unit"] == pytest.approx(0.25)
+    assert found["largest residual"] < 1e-9
+
+
+def test_curves_cover_their_ranges():
+    ranges = {c.name: (c.points[0][0], c.points[-1][0]) for c in curves.curves()}
+    assert set(ranges) == {"iterations", "batch", "width", "depth"}
+    assert ranges["iterations"] == (1, 40)
+    # The abscissa of the line over the width is the number of weights of matrices.
+    network = keras_networks.build("mlp", {"width": 64, "depth": 3})
+    matrices = [w for w in network.weights if len(w.shape) == 2]
+    assert sum(np.prod(w.shape) for w in matrices) == curves.weights(64, 3)
+
+
+TARGET = works.Target("attack", "art", 0.3)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "accuracy", "told"),
+    [
+        (0.3, {}, "yes"),
+        (0.301, {}, "NO"),
+        (0.2, {"advreg": 0.81, "art": 0.80}, "yes"),
+        (0.2, {"advreg": 0.70, "art": 0.80}, "yes"),
+        (0.2, {"advreg": 0.82, "art": 0.80}, "NO, a weaker attack"),
+    ],
+)
+def test_targets_are_met_up_to_their_ratio_by_attacks_as_strong(ratio, accuracy, told):
+    result = {"ratios": {"art": (0.1, ratio, 0.9)}, "accuracy": accuracy}
+    assert works.verdict(TARGET, result) == (ratio, told)
+
+
+@pytest.mark.parametrize("result", [None, {"ratios": {}, "accuracy": {}}])
+def test_targets_that_were_not_measured_are_told(result):
+    assert works.verdict(TARGET, result) == (None, "not measured")
+
+
+def test_each_target_is_one_of_a_work_and_its_sides():
+    every = {work.name: work for work in compare.chosen(compare.parse([]))}
+    for target in works.TARGETS:
+        assert target.peer in every[target.work].sides
+    assert all(work.sides[0] == "advreg" for work in every.values())
+    fields = [{**work.job, "file": ""} for work in every.values()]
+    assert all(Job(**job).network in keras_networks.SHAPES for job in fields)
+
+
+def test_options_choose_works():
+    settings = compare.parse(["--only", "step/m", "memory", "--batch", "8"])
+    assert [work.name for work in compare.chosen(settings)] == [
+        "step/mnist/fgsm/8",
+        "step/mnist/pgd-10/8",
+        "step/mlp/fgsm/8",
+        "step/mlp/pgd-10/8",
+        "memory/mnist/fgsm/8",
+    ]
+    assert compare.parse(["--quick"]).images < compare.parse([]).images == 2000
+    assert compare.parse(["--quick", "--images", "64"]).images == 64
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--turns", "0"], "Received: 0"),
+        (["--images", "9", "--hard-images", "10"], "Received: 10"),
+        (["--sides", "nsl", "none"], "none"),
+        (["--json", "no/such/folder/file"], "Received: no"),
+    ],
+)
+def test_options_are_checked(options, told, capsys):
+    with pytest.raises(SystemExit):
+        compare.parse(options)
+    assert told in capsys.readouterr().err
+
+
+class FakeSides:
+    """Sides that answer at once, some with a defect; they keep what they were asked."""
+
+    def __init__(self, defects):
+        self.defects, self.asked, self.running = defects, [], {}
+        self.settings = types.SimpleNamespace(turns=3)
+
+    def file(self, work):
+        return "file.npz", {"examples": 1024}
+
+    def worker(self, side):
+        def ask(do, **arguments):
+            self.asked.append((side, do, arguments.get("count")))
+            if self.defects.get(side) == do:
+                raise WorkerError("it fails")
+            if do == "check":
+                good = self.defects.get(side) != "logits"
+                return {"difference": 1e-6 if good else float("nan")}
+            seconds = 0.01 if side == "advreg" else 0.04
+            return {"seconds": seconds * arguments.get("count", 1), "peak": 1}
+
+        return types.SimpleNamespace(ask=ask)
+
+    def keep(self, needed):
+        pass
+
+
+def work(**changes):
+    fields = {"name": "step", "sides": ("advreg", "plain", "nsl"), "turns": 9}
+    return works.Work(**{**fields, "job": {"kind": "step"}, "warm": (1,), **changes})
+
+
+def test_sides_take_turns_of_equal_length():
+    sides = FakeSides({})
+    result, failures = measuring.measure(sides, work(), work().sides)
+    assert failures == []
+    assert result["counts"] == {"advreg": 30, "plain": 8, "nsl": 8}
+    assert result["values"]["nsl"] == pytest.approx([0.04] * 3)
+    assert result["ratios"]["nsl"] == pytest.approx((0.25,) * 3)
+    assert result["moved"] == {"advreg": 1e-6, "plain": 1e-6, "nsl": 1e-6}
+    runs = [side for side, do, count in sides.asked if do == "run" and count != 1]
+    assert runs == [
+        *("advreg", "plain", "nsl"),
+        *("plain", "nsl", "advreg"),
+        *("nsl", "advreg", "plain"),
+    ]
+    assert [
+        line.split()[:2] for line in printing.table_of(result).splitlines()[2:]
+    ] == [
+        ["plain", "40.00"],
+        ["nsl", "40.00"],
+    ]
+    json.dumps(result)
+
+
+@pytest.mark.parametrize("defect", ["set_up", "check", "run", "logits"])
+def test_a_side_that_fails_drops_out(defect):
+    sides = FakeSides({"nsl": defect})
+    result, (failure,) = measuring.measure(sides, work(), work().sides)
+    assert set(result["values"]) == {"advreg", "plain"}
+    assert failure.startswith("step: nsl: ")
+    timed = [side for side, do, count in sides.asked if do == "run" and count != 1]
+    assert "nsl" not in timed
+
+
+def test_without_advreg_there_is_nothing_to_compare():
+    sides = FakeSides({"advreg": "logits"})
+    result, (failure,) = measuring.measure(sides, work(), work().sides)
+    assert result is None
+    assert failure.endswith("Received: a difference of nan")
+
+
+def test_the_network_of_mnist_is_that_of_the_tutorial():
+    def layers(model):
+        for layer in model.layers:
+            config = layer.get_config()
+            yield type(layer), {k: v for k, v in config.items() if k != "name"}
+
+    _, *own = layers(keras_networks.build("mnist"))
+    assert own == list(layers(mnist_network((28, 28, 1), 10)))
+
+
+def test_files_carry_a_network(tmp_path):
+    path = tmp_path / "file.npz"
+    told = materials.make(str(path), "resnet", examples=4)
+    assert told == {"data": "random", "examples": 4}
+    job = Job("step", "resnet", str(path), batch=3)
+    x, y = job.data()
+    assert (x.shape, x.dtype, y.shape) == ((3, 32, 32, 3), "float32", (3,))
+    model = keras_networks.load(job)
+    np.testing.assert_allclose(model(x), job.logits()[:3], atol=1e-6)
+    with pytest.raises(ValueError, match="Received: 5"):
+        job.data(5)
+
+
+def test_digits_are_enlarged():
+    x = np.arange(64, dtype="float32").reshape(1, 8, 8, 1)
+    large = materials.enlarged(x)
+    assert large.shape == (1, 28, 28, 1)
+    np.testing.assert_array_equal(large[:, 3:26:3, 3:26:3], x)
+    assert large[0, :2].max() == large[0, :, -2:].max() == 0
+
+
+def test_an_environment_tells_what_it_lacks(tmp_path):
+    name = "no-such-package-at-all"
+    lacking = environments.Environment("some", {name: "1.0"})
+    assert not environments.is_complete(lacking, sys.executable)
+    assert not environments.is_complete(lacking, tmp_path / "python")
+    numpy = environments.Environment("some", environments.here("numpy"))
+    assert environments.is_complete(numpy, sys.executable)
+    other = environments.Environment("some", numpy.packages, pythons=("2.7",))
+    assert not environments.is_complete(other, sys.executable)
+    with pytest.raises(environments.PreparationError, match=r"needs Python 2\.7"):
+        environments.prepare(other, tmp_path / "none", sys.executable)
+    (tmp_path / "file").touch()
+    with pytest.raises(environments.PreparationError, match="Received: "):
+        environments.prepare(other, tmp_path)
+
+
+def test_versions_of_the_environments_are_exact():
+    for environment in environments.known().values():
+        assert all("==" in text for text in environment.requirements)
+    sides = {name for name in works.SIDES.values() if name is not None}
+    assert sides == set(environments.known())
+    folder = pathlib.Path(compare.__file__).with_name("peers")
+    modules = {path.stem for path in folder.glob("*.py")}
+    assert set(works.SIDES) <= modules
+
+
+@pytest.mark.slow
+def test_the_script_compares_what_needs_no_other_environment(tmp_path):
+    file = tmp_path / "found.json"
+    script = pathlib.Path(compare.__file__)
+    options = ["--only", "step/tiny", "--sides", "loop", "--quick", "--json", str(file)]
+    result = subprocess.run(
+        [sys.executable, str(script), *options], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    found = json.loads(file.read_text())
+    (step,) = found["works"]
+    assert set(step["ratios"]) == {"plain", "loop"}
+    assert all(value > 0 for values in step["values"].values() for value in values)
+    # The loop does what advreg does, and plain Keras something else.
+    assert step["moved"]["advreg"] == pytest.approx(step["moved"]["loop"], rel=1e-3)
+    assert step["moved"]["advreg"] != pytest.approx(step["moved"]["plain"], rel=1e-3)
+    assert "step/tiny/fgsm/32" in result.stdout
+    measured = [line for line in found["targets"] if line["measured"] is not None]
+    assert [(line["work"], line["peer"]) for line in measured] == [
+        ("step/tiny/fgsm/32", "plain")
+    ]
