@@ -14,7 +14,16 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from advreg.distribution import ReplicaSeedGenerator, unscale_loss
+from advreg.distribution import (
+    ReplicaSeedGenerator,
+    Share,
+    check_scope,
+    finite_without_examples,
+    lost_workers_named,
+    share_of_loss,
+    unscale_loss,
+    weigh,
+)
 
 REPLICAS = Path(__file__).with_name("replicas.py")
 WORKERS = 2
@@ -257,3 +266,63 @@ def test_a_single_replica_draws_as_keras_does():
 def test_a_single_replica_scales_nothing():
     loss = tf.constant(2.0)
     assert unscale_loss(loss) is loss
+
+
+def test_parameter_servers_are_refused(monkeypatch):
+    servers = object.__new__(tf.distribute.experimental.ParameterServerStrategy)
+    monkeypatch.setattr(tf.distribute, "get_strategy", lambda: servers)
+    with pytest.raises(ValueError, match="Keras 3 cannot train under a `Parameter"):
+        check_scope(keras.Sequential())
+
+
+def test_what_is_no_lost_worker_keeps_its_error():
+    with (
+        pytest.raises(tf.errors.UnavailableError, match="no worker"),
+        lost_workers_named(tf.distribute.get_strategy()),
+    ):
+        raise tf.errors.UnavailableError(None, None, "no worker")
+
+
+class Losses:
+    """As Keras keeps compiled losses."""
+
+    def __init__(self, *reductions):
+        loss = keras.losses.MeanSquaredError
+        self._flat_losses = [
+            keras.src.trainers.compile_utils.CompileLoss.Loss((), loss(name), 1.0, "a")
+            for name in reductions
+        ]
+
+
+@pytest.mark.parametrize(
+    ("reductions", "expected"),
+    [
+        (["sum_over_batch_size"], 0.5),
+        (["mean", "sum_over_batch_size"], 0.5),
+        (["mean_with_sample_weight"], 0.25),
+        (["sum"], None),
+        (["none"], None),
+    ],
+)
+def test_how_a_loss_averages_decides_what_a_part_counts_for(reductions, expected):
+    share = Share(tf.constant(0.5), tf.constant(0.25), tf.constant(4.0))
+    assert share_of_loss(share, Losses(*reductions)) == expected
+    assert share_of_loss(None, Losses(*reductions)) is None
+
+
+def test_losses_that_reduce_in_different_ways_draw_a_warning():
+    share = Share(tf.constant(0.5), tf.constant(0.25), tf.constant(4.0))
+    with pytest.warns(UserWarning, match=r"Received: reduction=\['mean', 'sum'\]"):
+        assert share_of_loss(share, Losses("mean", "sum")) is None
+
+
+def test_no_examples_have_no_share_and_no_gradient_that_is_no_number():
+    assert weigh(tf.constant(np.nan), tf.constant(0.0)) == 0.0
+    rows = tf.IndexedSlices(tf.zeros([0, 2]), tf.zeros([0], tf.int32), [3, 2])
+    gradients = [tf.constant([np.nan, 1.0, np.inf]), None, rows]
+    for examples, expected in ((0.0, [0.0, 1.0, 0.0]), (2.0, [np.nan, 1.0, np.inf])):
+        share = Share(tf.constant(examples), tf.constant(examples), tf.constant(4.0))
+        dense, nothing, sparse = finite_without_examples(gradients, share)
+        np.testing.assert_array_equal(dense, expected)
+        assert nothing is None
+        assert sparse is rows
