@@ -329,13 +329,56 @@ def local_batch(iterator: Any, strategy: tf.distribute.Strategy) -> Any:
     )
 
 
-def with_leading_axis(step: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Gives each result of a step an axis of size one.
+def function_over_workers(
+    model: keras.Model, step: Callable[[Any], Any]
+) -> Callable[[Any], Any]:
+    """What Keras calls with an iterator, for a step of training or evaluation.
 
-    Over workers, Keras averages results along their first axis, and scalars have none.
+    Keras averages each result of a step along its first axis, and scalars have none.
+    Here all are averaged at once, for workers wait for each other each time.
+
+    Args:
+        model: The model, compiled.
+        step: Its `train_step` or `test_step`.
     """
+    strategy = model.distribute_strategy
 
-    def wrapped(data: Any) -> Any:
-        return tree.map_structure(lambda value: ops.reshape(value, (1,)), step(data))
+    def replica(data: Any) -> Any:
+        return _mean_over_replicas(step(data))
 
-    return wrapped
+    def on_data(data: Any) -> Any:
+        return tree.map_structure(
+            lambda value: strategy.experimental_local_results(value)[0],
+            strategy.run(replica, (data,)),
+        )
+
+    # Weights that are missing come as optional values, in newer versions of Keras.
+    as_none = getattr(model, "_autoconvert_optionals", lambda function: function)
+    on_data = as_none(on_data)
+    if not model.run_eagerly:
+        on_data = tf.function(on_data, autograph=False, reduce_retracing=True)
+
+    def on_iterator(iterator: Any) -> Any:
+        return on_data(iterator.get_next())
+
+    if not model.run_eagerly:
+        on_iterator = tf.function(on_iterator, autograph=False, reduce_retracing=True)
+
+    def function(iterator: Any) -> Any:
+        if isinstance(iterator, tf.distribute.DistributedIterator):
+            return on_iterator(iterator)
+        return on_data(next(iter(iterator)))
+
+    return function
+
+
+def _mean_over_replicas(results: Any) -> Any:
+    """Averages scalars, in one exchange."""
+    context = tf.distribute.get_replica_context()
+    flat = tree.flatten(results)
+    both = tf.stack([tf.cast(value, "float64") for value in flat])
+    means = tf.unstack(context.all_reduce("MEAN", both), len(flat))
+    return tree.pack_sequence_as(
+        results,
+        [tf.cast(mean, value.dtype) for mean, value in zip(means, flat, strict=True)],
+    )

@@ -28,12 +28,12 @@ from advreg.distribution import (
     ReplicaSeedGenerator,
     check_compiled,
     check_scope,
+    function_over_workers,
     local_batch,
     lost_workers_named,
     spans_workers,
     unscale_loss,
     with_first_workers_state,
-    with_leading_axis,
 )
 from advreg.geometry import Tensor
 from advreg.images import as_floats, float_twin
@@ -562,7 +562,7 @@ class AdversarialRegularization(keras.Model):
     def _make_function(self, step_function: Callable[[Any], Any]) -> Any:
         check_compiled(self)
         if spans_workers(self.distribute_strategy):
-            step_function = with_leading_axis(step_function)
+            return function_over_workers(self, step_function)
         return super()._make_function(step_function)
 
     def _random_state(self) -> list[keras.Variable]:

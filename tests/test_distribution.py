@@ -236,10 +236,10 @@ def test_what_is_mended_is_still_broken_in_keras(trained):
     _, _, workers = trained
     for found in workers:
         defects = found["defects_of_keras"]
-        # `distribution.with_leading_axis`
+        # `distribution.function_over_workers`
         assert "Invalid reduction dimension" in defects["BuiltLocally"]
         # `distribution.local_batch`
-        assert "PerReplica" in defects["WithAnAxis"]
+        assert "PerReplica" in defects["AveragedAtOnce"]
 
 
 def test_a_seed_leaves_python_s_random_state_alone():
