@@ -5,17 +5,19 @@ device, and for each number of `--workers` as many under a
 `tf.distribute.MultiWorkerMirroredStrategy`, one core each (where there are fewer cores
 than workers, some share one, and the table says so). All train the network of the MNIST
 tutorial with the same global batch: plainly, with FGSM, and with PGD-10. The groups
-take turns in one run, the others idle, so that a machine whose speed drifts slows all of
-them. Printed are medians over the turns, and quartiles in brackets:
+take turns in one run, the others idle, so that a machine whose speed drifts slows all
+of them. Printed are medians over the turns, and quartiles in brackets:
 
-- `step ms`, and `speed-up`: the examples per second over those of one worker;
+- `one/s` and `all/s`: the examples per second of one worker, and of all together, and
+  `speed-up`, their ratio;
 - `lost`: the share of the step that is lost to all that several workers bring,
   1 - T(one worker, its share of the batch, alone) / T(all workers);
-- `waiting`: the same, beside as many workers that train alone at the same time, each on
-  its share. What is lost, and not here, goes to cores that share memory, or are shared;
-- `model ms`: what `step_time` below predicts from the time of one worker alone, the
-  bytes of the gradients, and the latency and the bandwidth of a bare all-reduce of as
-  many bytes between the same workers.
+- `communication`: the same, compared with as many workers that train apart, each on its
+  share, at the same time: cores that share a memory, and workers that share a core, are
+  slower without any communication;
+- `step ms`: the step of all workers; and `model ms`: what `step_time` predicts of it,
+  from the time of one worker alone, the bytes of the gradients, and the latency and the
+  bandwidth of a bare all-reduce of as many bytes between the same workers.
 
 On machines of one's own there is nothing to start workers: docs/scaling.md has the
 command for each.
@@ -25,6 +27,7 @@ command for each.
 """
 
 import argparse
+import collections
 import contextlib
 import functools
 import inspect
@@ -49,7 +52,8 @@ ATTACKS = {
 NAMES = {"plain": "plain", "fgsm": "FGSM", "pgd": "PGD-10"}
 PATIENCE = 600  # Seconds that a worker may take for an answer.
 TAIL = 30  # Lines of a failed worker's messages that are shown.
-CHAINED = 20  # All-reduces one after the other, of which one is timed.
+SECONDS = 1  # About as long the slowest side trains in a turn.
+CHAINED = 50  # All-reduces one after the other, of which one is timed.
 
 
 def step_time(alone, workers, collectives, size, latency, bandwidth, per_core=1):
@@ -87,7 +91,8 @@ class Worker:
         import tensorflow as tf
 
         tf.config.threading.set_intra_op_parallelism_threads(1)
-        tf.config.threading.set_inter_op_parallelism_threads(1)
+        # Not one: the threads that run operations also answer the other workers.
+        tf.config.threading.set_inter_op_parallelism_threads(4)
         self.alone = tf.distribute.get_strategy()
         self.strategy = self.alone
         if "TF_CONFIG" in os.environ:
@@ -122,7 +127,7 @@ class Worker:
         labels = rng.integers(0, 10, batch)
         data = tf.data.Dataset.from_tensor_slices((images, labels))
         data = data.batch(batch).repeat()
-        model.fit(data, steps_per_epoch=2, verbose=0)
+        model.fit(data, steps_per_epoch=2, shuffle=False, verbose=0)
         return model, iter(strategy.experimental_distribute_dataset(data))
 
     def train(self, attack, batch, together, steps):
@@ -217,7 +222,7 @@ class Group:
             self.members.append(
                 start_worker(cluster if workers > 1 else None, core, stack)
             )
-        self.answers("starts")
+        self._answers("starts")
 
     def ask(self, method, **arguments):
         """Lets all workers do the same, and returns what each answers."""
@@ -226,9 +231,9 @@ class Group:
             with contextlib.suppress(BrokenPipeError):  # Its end is noticed below.
                 process.stdin.write(line)
                 process.stdin.flush()
-        return self.answers(f"does `{method}` with {arguments}")
+        return self._answers(f"does `{method}` with {arguments}")
 
-    def answers(self, what):
+    def _answers(self, what):
         found = {}
         with selectors.DefaultSelector() as waiting:
             for index, (process, _) in enumerate(self.members):
@@ -244,12 +249,12 @@ class Group:
                 for key, _ in ready:
                     line = key.fileobj.readline()
                     if not line:
-                        self.fail(key.data, what)
+                        self._fail(key.data, what)
                     found[key.data] = json.loads(line)
                     waiting.unregister(key.fileobj)
         return [found[index] for index in range(len(self.members))]
 
-    def fail(self, index, what):
+    def _fail(self, index, what):
         process, messages = self.members[index]
         status = process.wait()
         messages.seek(0)
@@ -271,9 +276,8 @@ def start_worker(cluster, core, stack):
     environment.pop("TF_CONFIG", None)
     if cluster is not None:
         environment["TF_CONFIG"] = json.dumps(cluster)
-    messages = stack.enter_context(
-        tempfile.TemporaryFile("w+", errors="backslashreplace")
-    )
+    messages = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
+    stack.enter_context(messages)
     command = [sys.executable, __file__, "--worker"]
     process = subprocess.Popen(
         command if core is None else [*command, "--core", str(core)],
@@ -306,47 +310,48 @@ def available_cores():
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
 
 
+def sides_of(groups, batch):
+    """What is compared: in which group, its batch, and whether it trains one model."""
+    sides = {"one": (1, batch, False)}
+    for workers in sorted(set(groups) - {1}):
+        part = -(-batch // workers)
+        sides[f"together {workers}"] = (workers, batch, True)
+        sides[f"alone {workers}"] = (1, part, False)
+        sides[f"apart {workers}"] = (workers, part, False)
+    return sides
+
+
 def measure(groups, attack, batch, turns):
-    """Seconds of everything that is compared, in each turn."""
-    sides = {
-        "one": (1, {"batch": batch, "together": False}),
-        **{
-            f"{kind} {workers}": (number, {"batch": size, "together": together})
-            for workers in groups
-            if workers > 1
-            for part in [-(-batch // workers)]
-            for kind, number, size, together in (
-                ("together", workers, batch, True),
-                ("alone", 1, part, False),
-                ("apart", workers, part, False),
+    """Seconds of all that is compared, in each turn, and what steps exchange."""
+    sides = sides_of(groups, batch)
+
+    def train(side, steps):
+        number, size, together = sides[side]
+        group = groups[number]
+        return max(
+            group.ask(
+                "train", attack=attack, batch=size, together=together, steps=steps
             )
-        },
-    }
+        )
 
-    def seconds(name, steps):
-        number, arguments = sides[name]
-        return max(groups[number].ask("train", attack=attack, steps=steps, **arguments))
-
-    for name in sides:
-        seconds(name, 1)  # Tracing stays out.
-    steps = max(1, round(1 / seconds("one", 1)))  # About a second.
-    times = {name: [] for name in sides}
+    for side in sides:
+        train(side, 1)  # Tracing stays out.
+    steps = max(1, round(SECONDS / max(train(side, 1) for side in sides)))
     traffic = {
-        workers: groups[workers].ask("traffic", attack=attack, batch=batch)[0]
-        for workers in groups
+        workers: group.ask("traffic", attack=attack, batch=batch)[0]
+        for workers, group in groups.items()
         if workers > 1
     }
+    times = collections.defaultdict(list)
     for turn in range(turns + 1):
-        found = {name: seconds(name, steps) for name in sides}
+        found = {side: train(side, steps) for side in sides}
         for workers, (_, size) in traffic.items():
-            small, large = zip(
-                *groups[workers].ask("all_reduce", size=size), strict=True
-            )
-            found[f"latency {workers}"] = max(small)
-            found[f"gradients {workers}"] = max(large)
+            answers = groups[workers].ask("all_reduce", size=size)
+            small, large = map(max, zip(*answers, strict=True))
+            found |= {f"latency {workers}": small, f"gradients {workers}": large}
         if turn:  # The first one warms up.
             for name, value in found.items():
-                times.setdefault(name, []).append(value)
+                times[name].append(value)
     return times, traffic
 
 
@@ -372,7 +377,7 @@ def row_of(times, traffic, workers, attack, batch, per_core):
         statistics.median(turns(name)) for name in ("latency", "gradients", "alone")
     )
     bandwidth = bandwidth_of(gradients, latency, workers, size)
-    pairs = zip(times["one"], turns("together"), strict=True)
+    one, together = times["one"], turns("together")
     return {
         "attack": attack,
         "batch": batch,
@@ -382,13 +387,14 @@ def row_of(times, traffic, workers, attack, batch, per_core):
         "collectives": collectives,
         "latency": latency,
         "bandwidth": bandwidth,
-        "one": quartiles(times["one"]),
+        "one": quartiles(one),
         "alone": quartiles(turns("alone")),
-        "together": quartiles(turns("together")),
-        "examples_per_second": quartiles([batch / t for t in turns("together")]),
-        "speed_up": quartiles([a / b for a, b in pairs]),
+        "together": quartiles(together),
+        "examples_per_second_of_one": quartiles([batch / t for t in one]),
+        "examples_per_second": quartiles([batch / t for t in together]),
+        "speed_up": quartiles([a / b for a, b in zip(one, together, strict=True)]),
         "lost": lost("alone"),
-        "waiting": lost("apart"),
+        "communication": lost("apart"),
         "model": step_time(
             alone, workers, collectives, size, latency, bandwidth, per_core
         ),
@@ -406,10 +412,11 @@ def cells(row):
     return (
         NAMES[row["attack"]],
         f"{row['workers']}{shared}",
+        spread("examples_per_second_of_one", 1, 0),
         spread("examples_per_second", 1, 0),
         spread("speed_up", 1, 2),
         spread("lost", 100, 1, " %"),
-        spread("waiting", 100, 1, " %"),
+        spread("communication", 100, 1, " %"),
         spread("together", 1e3, 1),
         f"{row['model'] * 1e3:.1f}",
         f"{row['model'] / row['together'][1]:.2f}",
@@ -417,7 +424,7 @@ def cells(row):
 
 
 HEAD = (
-    *("attack", "workers", "examples/s", "speed-up", "lost", "waiting"),
+    *("attack", "workers", "one/s", "all/s", "speed-up", "lost", "communication"),
     *("step ms", "model ms", "model/step"),
 )
 
@@ -428,13 +435,13 @@ def table(rows, markdown):
         lines.insert(1, ["---"] * len(HEAD))
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(map(str.ljust, line, widths)).rstrip() for line in lines
-    )
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def benchmark(arguments):
     rows = []
+    if not available_cores():
+        print("Workers cannot be bound to cores on this machine", file=sys.stderr)
     with contextlib.ExitStack() as stack:
         groups = {n: Group(n, stack) for n in sorted({1, *arguments.workers})}
         for attack in arguments.attacks:
@@ -457,11 +464,18 @@ def benchmark(arguments):
             json.dump(rows, file, indent=1)
 
 
+def positive(text):
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more. Received: {text}")
+    return number
+
+
 def number_of_workers(text):
     number = int(text)
     if number < 2:
         raise argparse.ArgumentTypeError(
-            f"must be 2 or more, they are compared with one. Received: {text}"
+            f"must be 2 or more, for they are compared with one. Received: {text}"
         )
     return number
 
@@ -469,14 +483,19 @@ def number_of_workers(text):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=number_of_workers, nargs="+", default=[2])
-    parser.add_argument("--batch", type=int, default=256, help="the global batch")
-    parser.add_argument("--turns", type=int, default=10)
+    parser.add_argument("--batch", type=positive, default=256, help="the global batch")
+    parser.add_argument("--turns", type=positive, default=10)
     parser.add_argument("--attacks", nargs="+", choices=ATTACKS, default=list(ATTACKS))
     parser.add_argument("--markdown", action="store_true", help="print such a table")
     parser.add_argument("--json", metavar="FILE", help="write what was found there")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--core", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.batch < max(arguments.workers):
+        parser.error(
+            "--batch must have an example for each of --workers. Received: "
+            f"{arguments.batch}"
+        )
     if not arguments.worker:
         benchmark(arguments)
         return
