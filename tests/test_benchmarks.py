@@ -1,7 +1,9 @@
 import collections
+import contextlib
 import dataclasses
 import importlib.util
 import itertools
+import json
 import pathlib
 import re
 import subprocess
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 
 from advreg.attacks import PGD, AutoAttack
+from advreg.demo import mnist_network
 from advreg.presets import Presets
 
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
@@ -345,3 +348,33 @@ def test_nsl_suites_know_which_failures_to_expect(expected, status, tmp_path, ca
         ["1", "1", "0"],
     ]
     assert ("Not as expected:" in lines) == bool(status)
+
+
+def test_the_cost_model_of_workers():
+    step_time = script("multi_worker").step_time
+    arguments = {"collectives": 5, "size": 8e6, "latency": 1e-3, "bandwidth": 1e9}
+    assert step_time(0.1, 2, **arguments) == pytest.approx(0.1 + 0.005 + 0.008)
+    assert step_time(0.1, 4, **arguments) == pytest.approx(0.1 + 0.005 + 0.012)
+    assert step_time(0.1, 2, **arguments, per_core=2) == pytest.approx(0.213)
+
+
+@pytest.mark.slow
+def test_multi_worker_prints_a_row_for_each_attack(tmp_path):
+    options = ("--batch", "4", "--attacks", "fgsm", "--markdown")
+    lines = rows_of("multi_worker.py", *options, "--json", str(tmp_path / "found.json"))
+    assert lines[2][1:4:2] == ["FGSM", "2"]
+    [row] = json.loads((tmp_path / "found.json").read_text())
+    weights = sum(w.size for w in mnist_network((28, 28, 1), 10).get_weights())
+    assert row["bytes"] == 4 * weights
+    assert row["collectives"] == 10  # Gradients, sizes, four logs of two each.
+    assert min(row["one"][0], row["latency"], row["model"]) > 0
+
+
+@pytest.mark.slow
+def test_a_worker_that_fails_ends_the_others_and_says_why():
+    multi_worker = script("multi_worker")
+    with contextlib.ExitStack() as stack:
+        group = multi_worker.Group(2, stack)
+        with pytest.raises(SystemExit, match="no attribute 'no_such_task'"):
+            group.ask("no_such_task")
+    assert all(process.poll() is not None for process, _ in group.members)
