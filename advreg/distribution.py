@@ -317,16 +317,34 @@ def spans_workers(strategy: tf.distribute.Strategy) -> bool:
     )
 
 
-def local_batch(iterator: Any, strategy: tf.distribute.Strategy) -> Any:
-    """The first batch of an iterator of Keras's, as the first local replica gets it.
+def local_example(iterator: Any, strategy: tf.distribute.Strategy) -> Any:
+    """What a batch of one replica looks like, of an iterator of Keras's.
 
     Keras builds a model from the mean of the parts of all replicas, which tensors of
-    another process do not have, nor parts of different sizes.
+    another process do not have, nor parts of different sizes. And it takes a batch for
+    that, and more ahead of it, which a generator does not give again. Shapes and types
+    are enough, where the dataset knows them.
     """
+    spec = tree.map_structure(_local_spec, iterator._distributed_dataset.element_spec)
+    if all(map(_is_enough, tree.flatten(spec))):
+        return spec
     batch = next(next(iter(iterator))[-1])
     return tree.map_structure(
         lambda value: strategy.experimental_local_results(value)[0], batch
     )
+
+
+def _local_spec(spec: Any) -> Any:
+    """The specification of what the first replica gets; `None` for what is missing."""
+    spec = getattr(spec, "_value_specs", [spec])[0]  # Of a value for each replica.
+    return None if isinstance(spec, tf.OptionalSpec) else spec
+
+
+def _is_enough(spec: Any) -> bool:
+    """Whether a specification says what a model is built from."""
+    if spec is None:
+        return True
+    return isinstance(spec, tf.TensorSpec) and spec.shape.rank is not None
 
 
 def function_over_workers(

@@ -29,7 +29,7 @@ from advreg.distribution import (
     check_compiled,
     check_scope,
     function_over_workers,
-    local_batch,
+    local_example,
     lost_workers_named,
     spans_workers,
     unscale_loss,
@@ -556,7 +556,7 @@ class AdversarialRegularization(keras.Model):
     ) -> Any:
         strategy = self.distribute_strategy
         if iterator is not None and strategy.num_replicas_in_sync > 1:
-            iterator, data_batch = None, local_batch(iterator, strategy)
+            iterator, data_batch = None, local_example(iterator, strategy)
         return super()._maybe_symbolic_build(iterator, data_batch)
 
     def _make_function(self, step_function: Callable[[Any], Any]) -> Any:

@@ -91,7 +91,7 @@ class Worker:
         import tensorflow as tf
 
         tf.config.threading.set_intra_op_parallelism_threads(1)
-        # Not one: the threads that run operations also answer the other workers.
+        # Not one, for they may have to answer the other workers as well.
         tf.config.threading.set_inter_op_parallelism_threads(4)
         self.alone = tf.distribute.get_strategy()
         self.strategy = self.alone
@@ -142,7 +142,7 @@ class Worker:
         """Returns the number of all-reduces in a step, and of bytes of gradients."""
         model, iterator = self.trainer(attack, batch, True)
         inside = inspect.getclosurevars(model.train_function).nonlocals
-        function = inside["multi_step_on_iterator"]  # Keras's own, a `tf.function`.
+        function = inside["on_iterator"]
         graph = function.get_concrete_function(iterator).graph.as_graph_def()
         bodies = {body.signature.name: body.node_def for body in graph.library.function}
 

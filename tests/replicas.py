@@ -25,7 +25,7 @@ from advreg.callbacks import RobustAccuracy
 from advreg.distribution import (
     ReplicaSeedGenerator,
     function_over_workers,
-    local_batch,
+    local_example,
 )
 
 KIND = sys.argv[1]
@@ -270,6 +270,18 @@ def steps_on_batches():
 
 
 @case
+def a_generator():
+    """Keras looks at what comes first, and must not lose it."""
+
+    def batches():
+        for start in (0, 8, 16):
+            yield X[start : start + 8], Y[start : start + 8]
+
+    model = wrapped(lambda: [layers.Dense(8), layers.Dense(3)])  # Not built yet.
+    return trained(model, batches(), epochs=1)
+
+
+@case
 def files():
     """Sharding by file: each worker reads files of its own."""
     options = tf.data.Options()
@@ -361,7 +373,7 @@ def defects_of_keras():
 
     class BuiltLocally(keras.Model):
         def _maybe_symbolic_build(self, iterator=None, data_batch=None):
-            super()._maybe_symbolic_build(None, local_batch(iterator, STRATEGY))
+            super()._maybe_symbolic_build(None, local_example(iterator, STRATEGY))
 
     class AveragedAtOnce(keras.Model):
         def _make_function(self, step_function):

@@ -238,7 +238,7 @@ def test_what_is_mended_is_still_broken_in_keras(trained):
         defects = found["defects_of_keras"]
         # `distribution.function_over_workers`
         assert "Invalid reduction dimension" in defects["BuiltLocally"]
-        # `distribution.local_batch`
+        # `distribution.local_example`
         assert "PerReplica" in defects["AveragedAtOnce"]
 
 
