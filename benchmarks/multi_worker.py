@@ -16,8 +16,8 @@ of them. Printed are medians over the turns, and quartiles in brackets:
   share, at the same time: cores that share a memory, and workers that share a core, are
   slower without any communication;
 - `step ms`: the step of all workers; and `model ms`: what `step_time` predicts of it,
-  from the time of one worker alone, the bytes of the gradients, and the latency and the
-  bandwidth of a bare all-reduce of as many bytes between the same workers.
+  from the time of workers that train apart, the bytes of the gradients, and the latency
+  and the bandwidth of a bare all-reduce of as many bytes between the same workers.
 
 On machines of one's own there is nothing to start workers: docs/scaling.md has the
 command for each.
@@ -56,23 +56,21 @@ SECONDS = 1  # About as long the slowest side trains in a turn.
 CHAINED = 50  # All-reduces one after the other, of which one is timed.
 
 
-def step_time(alone, workers, collectives, size, latency, bandwidth, per_core=1):
+def step_time(apart, workers, collectives, size, latency, bandwidth):
     """The cost model: seconds that a step takes with several workers.
 
     Args:
-        alone: Seconds of one worker for its share of the batch, alone.
+        apart: Seconds of a worker for its share of the batch without the others, but
+            while they work, where they are on the same machine.
         workers: Number of workers.
         collectives: Number of all-reduces in a step, however small.
         size: Bytes of the gradients.
         latency: Seconds of an all-reduce of one number.
         bandwidth: Bytes per second from one worker to the next.
-        per_core: Number of workers on the core that has most.
     """
     # In a ring each worker sends all but its own share of the gradients, twice.
     return (
-        per_core * alone
-        + collectives * latency
-        + 2 * (workers - 1) / workers * size / bandwidth
+        apart + collectives * latency + 2 * (workers - 1) / workers * size / bandwidth
     )
 
 
@@ -373,8 +371,8 @@ def row_of(times, traffic, workers, attack, batch, per_core):
         return quartiles([1 - a / b for a, b in pairs])
 
     collectives, size = traffic[workers]
-    latency, gradients, alone = (
-        statistics.median(turns(name)) for name in ("latency", "gradients", "alone")
+    latency, gradients, apart = (
+        statistics.median(turns(name)) for name in ("latency", "gradients", "apart")
     )
     bandwidth = bandwidth_of(gradients, latency, workers, size)
     one, together = times["one"], turns("together")
@@ -395,9 +393,7 @@ def row_of(times, traffic, workers, attack, batch, per_core):
         "speed_up": quartiles([a / b for a, b in zip(one, together, strict=True)]),
         "lost": lost("alone"),
         "communication": lost("apart"),
-        "model": step_time(
-            alone, workers, collectives, size, latency, bandwidth, per_core
-        ),
+        "model": step_time(apart, workers, collectives, size, latency, bandwidth),
     }
 
 

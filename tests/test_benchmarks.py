@@ -355,7 +355,6 @@ def test_the_cost_model_of_workers():
     arguments = {"collectives": 5, "size": 8e6, "latency": 1e-3, "bandwidth": 1e9}
     assert step_time(0.1, 2, **arguments) == pytest.approx(0.1 + 0.005 + 0.008)
     assert step_time(0.1, 4, **arguments) == pytest.approx(0.1 + 0.005 + 0.012)
-    assert step_time(0.1, 2, **arguments, per_core=2) == pytest.approx(0.213)
 
 
 @pytest.mark.slow
@@ -366,7 +365,7 @@ def test_multi_worker_prints_a_row_for_each_attack(tmp_path):
     [row] = json.loads((tmp_path / "found.json").read_text())
     weights = sum(w.size for w in mnist_network((28, 28, 1), 10).get_weights())
     assert row["bytes"] == 4 * weights
-    assert row["collectives"] == 10  # Gradients, sizes, four logs of two each.
+    assert row["collectives"] == 3  # Gradients, sizes, logs.
     assert min(row["one"][0], row["latency"], row["model"]) > 0
 
 
