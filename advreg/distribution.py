@@ -140,16 +140,27 @@ def unscale_loss(loss: Any) -> Any:
     return loss if replicas == 1 else loss * ops.cast(replicas, loss.dtype)
 
 
-def average(variables: Sequence[keras.Variable], share: Share) -> None:
-    """Gives variables the mean over the replicas, by how many examples each had.
+def average(
+    variables: Sequence[keras.Variable], before: Sequence[Tensor], share: Share
+) -> None:
+    """Lets variables change by the mean of the replicas' changes, by their examples.
 
     Keras leaves moving averages of `BatchNormalization` different on each replica, so
     that each worker would evaluate, and save, another model.
+
+    Args:
+        variables: What replicas may have changed, each for itself.
+        before: What the variables held before, on all replicas alike.
+        share: This replica's share.
     """
     part = share.by_examples / tf.distribute.get_strategy().num_replicas_in_sync
-    parts = [weigh(tf.convert_to_tensor(v.value), part) for v in variables]
-    for variable, mean in zip(variables, _sums(parts), strict=True):
-        variable.assign(mean)
+    changes = [
+        weigh(variable.value - old, part)
+        for variable, old in zip(variables, before, strict=True)
+    ]
+    # What no replica changes stays as it is to the last bit.
+    for variable, old, change in zip(variables, before, _sums(changes), strict=True):
+        variable.assign(old + change)
 
 
 def finite_without_examples(gradients: Sequence[Any], share: Share) -> list[Any]:

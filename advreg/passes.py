@@ -94,10 +94,12 @@ class Step:
 
     def take(self) -> Outcome:
         """Runs the passes, and lets replicas agree on what they are to share."""
-        outcome = self._passes()
         if self._share is None:
-            return outcome
-        average(statistics(self._model.base_model), self._share)
+            return self._passes()
+        averages = statistics(self._model.base_model)
+        before = values_of(averages)
+        outcome = self._passes()
+        average(averages, before, self._share)
         gradients = finite_without_examples(outcome.gradients, self._share)
         return outcome._replace(gradients=gradients)
 
