@@ -16,6 +16,7 @@ import tensorflow as tf
 
 from advreg.attacks import FGSM, Attack
 from advreg.checks import count, is_number, show
+from advreg.distribution import check_outside_of_scope
 from advreg.evaluation import Survey, classifier
 from advreg.honesty import surroundings
 from advreg.trials import Trial
@@ -50,6 +51,7 @@ class _AtEpochEnd(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Forgets another training."""
+        check_outside_of_scope(f"`fit` with a `{type(self).__name__}`")
         self._measured, self._warned = None, False
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
@@ -242,6 +244,7 @@ class CatastrophicOverfitting(_AtEpochEnd):
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Forgets another training."""
+        check_outside_of_scope(f"`fit` with a `{type(self).__name__}`")
         super().on_train_begin(logs)
         self._open = False
         self._best, self._best_epoch, self._best_weights = -1.0, 0, None

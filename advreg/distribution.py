@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -74,12 +75,13 @@ class Share(NamedTuple):
 
     Args:
         by_examples: Weight of a mean over this replica's examples, 1 on average.
-        by_weights: Weight of such a mean that is divided by the sum of the weights.
+        by_weights: Weight of such a mean that is divided by the sum of the weights;
+            `None` where each output has weights of its own.
         examples: The size of the global batch over the number of replicas.
     """
 
     by_examples: Tensor
-    by_weights: Tensor
+    by_weights: Tensor | None
     examples: Tensor
 
 
@@ -88,19 +90,19 @@ def share_of_batch(examples: Tensor, sample_weight: Any) -> Share | None:
 
     Args:
         examples: How many examples this replica has, a scalar.
-        sample_weight: Their weights: a tensor, or something else that does not count.
+        sample_weight: Their weights, a tensor or `None`; or a structure of them.
     """
     context = tf.distribute.get_replica_context()
     if context is None or context.num_replicas_in_sync == 1:
         return None
-    examples = tf.cast(examples, "float64")
-    weighed = isinstance(sample_weight, tf.Tensor)
-    weight = tf.reduce_sum(tf.cast(sample_weight, "float64")) if weighed else examples
-    sizes = tf.stack([examples, weight])
-    totals = context.all_reduce("SUM", sizes)
+    sizes = [tf.cast(examples, "float64")]
+    if sample_weight is not None and not tree.is_nested(sample_weight):
+        sizes.append(tf.reduce_sum(tf.cast(sample_weight, "float64")))
+    totals = context.all_reduce("SUM", tf.stack(sizes))
     mean = totals / context.num_replicas_in_sync
-    by_examples, by_weights = tf.unstack(tf.math.divide_no_nan(sizes, mean))
-    return Share(by_examples, by_weights, mean[0])
+    shares = tf.unstack(tf.math.divide_no_nan(tf.stack(sizes), mean), len(sizes))
+    by_weights = None if tree.is_nested(sample_weight) else shares[-1]
+    return Share(shares[0], by_weights, mean[0])
 
 
 def share_of_loss(share: Share | None, compile_loss: Any) -> Tensor | None:
@@ -115,12 +117,13 @@ def share_of_loss(share: Share | None, compile_loss: Any) -> Tensor | None:
     reductions = {loss.loss.reduction for loss in compile_loss._flat_losses}
     if reductions <= {"sum_over_batch_size", "mean"}:
         return share.by_examples
-    if reductions == {"mean_with_sample_weight"}:
+    if reductions == {"mean_with_sample_weight"} and share.by_weights is not None:
         return share.by_weights
-    if len(reductions) > 1:
+    if reductions - {"sum", "none", None}:
         warnings.warn(
-            "With several replicas a batch that is not divided evenly counts as on one "
-            "device only if all losses of `compile` reduce in the same way. Received: "
+            "With several replicas batches count as on one device only if all losses "
+            "of `compile` reduce in the same way, and those that divide by sample "
+            "weights have one weight for each example. Received: "
             f"reduction={sorted(map(str, reductions))}",
             stacklevel=2,
         )
@@ -178,6 +181,34 @@ def finite_without_examples(gradients: Sequence[Any], share: Share) -> list[Any]
     return [finite(gradient) for gradient in gradients]
 
 
+def overflowing_everywhere(gradients: Sequence[Any]) -> list[Any]:
+    """Makes no gradient finite if one of any replica is not.
+
+    In half precision Keras skips a step whose gradients overflow, and each replica
+    looks at its own: they would not do the same, and workers would wait for ever.
+    """
+
+    def values_of(gradient: Any) -> Tensor:
+        is_sparse = isinstance(gradient, tf.IndexedSlices)
+        return gradient.values if is_sparse else gradient
+
+    given = [gradient for gradient in gradients if gradient is not None]
+    fine = [tf.reduce_all(tf.math.is_finite(values_of(each))) for each in given]
+    context = tf.distribute.get_replica_context()
+    bad = context.all_reduce("SUM", tf.cast(~tf.reduce_all(fine), "float32")) > 0
+
+    def spoilt(gradient: Any) -> Any:
+        if gradient is None:
+            return None
+        values = values_of(gradient)
+        values = tf.where(bad, tf.cast(math.nan, values.dtype), values)
+        if isinstance(gradient, tf.IndexedSlices):
+            return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
+        return values
+
+    return [spoilt(gradient) for gradient in gradients]
+
+
 def synchronizes(model: keras.Model) -> bool:
     """Whether replicas speak to each other while a model runs."""
     return tf.distribute.get_strategy().num_replicas_in_sync > 1 and any(
@@ -199,13 +230,40 @@ def check_scope(base_model: keras.Model) -> None:
             f"Received: {_name(strategy)}"
         )
     created_here = strategy.extended.variable_created_in_scope
-    strangers = [v.path for v in base_model.variables if not created_here(v.value)]
+    strangers = [
+        v.path
+        for v in base_model.variables
+        if not created_here(v.value)
+        and (strategy.num_replicas_in_sync > 1 or _is_replicated(v.value))
+    ]
     if strangers:
         raise ValueError(
             "`base_model` must be made under the same strategy as the wrapper: make "
             "both, and compile, inside one `with strategy.scope():`. Received: "
             f"{_name(strategy)} and variables that were made outside of it, "
             f"{strangers[:3]}"
+        )
+
+
+def _is_replicated(value: Any) -> bool:
+    return isinstance(value, tf.distribute.DistributedValues)
+
+
+def check_outside_of_scope(what: str) -> None:
+    """Checks that no strategy would divide what is to be read batch by batch.
+
+    Args:
+        what: What the user calls.
+
+    Raises:
+        ValueError: It is called inside the scope of a strategy with several replicas.
+    """
+    strategy = tf.distribute.get_strategy()
+    if strategy.num_replicas_in_sync > 1:
+        raise ValueError(
+            f"{what} must be called outside of `with strategy.scope():`, in which only "
+            "the model is to be made and compiled. "
+            f"Received: the scope of a {_name(strategy)}"
         )
 
 
@@ -237,6 +295,14 @@ def check_compiled(model: keras.Model) -> None:
             f"`steps_per_execution` must be 1 under {name}: TensorFlow cannot let "
             "replicas exchange gradients in a loop. Received: "
             f"steps_per_execution={model.steps_per_execution}"
+        )
+    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    steps = getattr(optimizer, "gradient_accumulation_steps", None)
+    if steps:
+        raise ValueError(
+            f"`gradient_accumulation_steps` must be None under {name}: Keras cannot "
+            "accumulate gradients of replicas. Make the global batch larger. Received: "
+            f"gradient_accumulation_steps={steps}"
         )
 
 
@@ -273,11 +339,23 @@ class FirstWorkersState(keras.callbacks.Callback):
 
     A worker that died while it wrote its backup restores an older one than the others,
     and workers without a common start end as different models.
+
+    Args:
+        initial_epoch: The epoch that `fit` was told to begin with.
     """
+
+    def __init__(self, initial_epoch: int) -> None:
+        super().__init__()
+        self._given, self._restored = initial_epoch, None
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """Leaves the epoch for the next `fit` as it was."""
+        self.model._initial_epoch = self._restored
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Takes over the state of the first worker."""
         model = self.model
+        self._restored = model._initial_epoch
         strategy = model.distribute_strategy
         variables = [*model.variables, *model.optimizer.variables]
 
@@ -288,7 +366,7 @@ class FirstWorkersState(keras.callbacks.Callback):
             sent = [tf.where(first, v, tf.zeros_like(v)) for v in [*sent, epoch]]
             return _sums(sent)
 
-        epoch = tf.constant(model._initial_epoch or 0)
+        epoch = tf.constant(self._restored or self._given)
         function = tf.function(lambda e: strategy.run(replica, (e,)), autograph=False)
         # As a concrete function, which TensorFlow does not warn of tracing in each fit.
         *values, epoch = (
@@ -306,14 +384,15 @@ def _sendable(value: Any) -> Tensor:
     return value if value.dtype.is_floating else tf.cast(value, "int64")
 
 
-def with_first_workers_state(callbacks: Any, strategy: tf.distribute.Strategy) -> Any:
-    """Adds to the callbacks of `fit` what workers need; after those that restore."""
-    if not spans_workers(strategy):
-        return callbacks
-    if isinstance(callbacks, keras.callbacks.CallbackList):
-        callbacks.append(FirstWorkersState())
-        return callbacks
-    return [*tree.flatten(callbacks or []), FirstWorkersState()]
+def and_last(callbacks: Any, last: keras.callbacks.Callback) -> Any:
+    """Adds a callback to those of `fit`, after those that restore."""
+    if not isinstance(callbacks, keras.callbacks.CallbackList):
+        return [*tree.flatten(callbacks or []), last]
+    # Such a list has told its callbacks of the model, and may have been used before.
+    last.set_model(callbacks._model)
+    others = [each for each in callbacks.callbacks if type(each) is not type(last)]
+    callbacks.callbacks = [*others, last]
+    return callbacks
 
 
 # What follows mends Keras, up to 3.15 at least: `fit` and `evaluate` fail under a
@@ -402,12 +481,17 @@ def function_over_workers(
 
 
 def _mean_over_replicas(results: Any) -> Any:
-    """Averages scalars, in one exchange."""
+    """Averages what steps report, in one exchange."""
     context = tf.distribute.get_replica_context()
-    flat = tree.flatten(results)
-    both = tf.stack([tf.cast(value, "float64") for value in flat])
-    means = tf.unstack(context.all_reduce("MEAN", both), len(flat))
+    values = [tf.convert_to_tensor(value) for value in tree.flatten(results)]
+    flat = [tf.reshape(tf.cast(value, "float64"), [-1]) for value in values]
+    means = tf.split(
+        context.all_reduce("MEAN", tf.concat(flat, 0)), [tf.size(part) for part in flat]
+    )
     return tree.pack_sequence_as(
         results,
-        [tf.cast(mean, value.dtype) for mean, value in zip(means, flat, strict=True)],
+        [
+            tf.cast(tf.reshape(mean, tf.shape(value)), value.dtype)
+            for mean, value in zip(means, values, strict=True)
+        ],
     )

@@ -19,6 +19,7 @@ from advreg.attacks.losses import cross_entropy
 from advreg.attacks.transfer import Transfer
 from advreg.attacks.victim import Victim
 from advreg.checks import count, is_number, length, show
+from advreg.distribution import check_outside_of_scope
 from advreg.geometry import Tensor
 from advreg.packing import Features
 from advreg.perturbation import differentiable, select
@@ -93,6 +94,7 @@ def evaluate_robustness(
     ...     ])
     >>> print(report)
     """
+    check_outside_of_scope("`evaluate_robustness`")
     count("batch_size", batch_size)
     if verbose not in ("auto", 0, 1, 2):
         raise ValueError(f"`verbose` must be 'auto', 0, 1 or 2. Received: {verbose!r}")

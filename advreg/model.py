@@ -25,15 +25,20 @@ from advreg.config import (
     check_adv_config,
 )
 from advreg.distribution import (
+    FirstWorkersState,
     ReplicaSeedGenerator,
+    Share,
+    and_last,
     check_compiled,
     check_scope,
     function_over_workers,
     local_example,
     lost_workers_named,
+    share_of_batch,
+    share_of_loss,
     spans_workers,
     unscale_loss,
-    with_first_workers_state,
+    weigh,
 )
 from advreg.geometry import Tensor
 from advreg.images import as_floats, float_twin
@@ -238,9 +243,10 @@ class AdversarialRegularization(keras.Model):
         arguments = self._arguments(keras.Model.fit, args, kwargs)
         strategy, callbacks = self.distribute_strategy, arguments.pop("callbacks", None)
         with lost_workers_named(strategy):
-            return super().fit(
-                callbacks=with_first_workers_state(callbacks, strategy), **arguments
-            )
+            if spans_workers(strategy):
+                first = FirstWorkersState(arguments.get("initial_epoch", 0))
+                callbacks = and_last(callbacks, first)
+            return super().fit(callbacks=callbacks, **arguments)
 
     @functools.wraps(keras.Model.evaluate)
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
@@ -290,10 +296,15 @@ class AdversarialRegularization(keras.Model):
     def test_step(self, data: Any) -> dict[str, Tensor]:
         """Evaluates a batch as the base model does: clean, one forward pass."""
         x, y, sample_weight = self._unpack_labelled(data)
+        examples = self._batch_size(x)
+        # Before the forward pass: when replicas wait for each other after it, the next
+        # one replaces the losses that this one has added.
+        share = share_of_batch(examples, sample_weight)
         y_pred = self._forward(x, training=False)
         labeled_loss = self._compile_loss(y, y_pred, sample_weight)
-        loss = self._total_loss(labeled_loss, self.losses)
-        examples = self._batch_size(x)
+        labeled_loss = weigh(labeled_loss, share_of_loss(share, self._compile_loss))
+        loss = self._total_loss(labeled_loss, self.losses, share)
+        examples = examples if share is None else share.examples
         self._track(self._loss_tracker, loss, examples)
         self._track(self._labeled_loss_tracker, labeled_loss, examples)
         logs = self.compute_metrics(x, y, y_pred, sample_weight)
@@ -334,7 +345,8 @@ class AdversarialRegularization(keras.Model):
         if not (tf.executing_eagerly() and adversarial.count.numpy()):
             for tracker in self._hidden_in_evaluation:
                 results.pop(tracker.name, None)
-        elif not clean.count.numpy():
+        elif self._replicas > 1 and not clean.count.numpy():
+            # Of one device Keras takes what the last step returned.
             results = {
                 **self._of_perturbed(results),
                 adversarial.name: results[adversarial.name],
@@ -554,13 +566,13 @@ class AdversarialRegularization(keras.Model):
     def _maybe_symbolic_build(
         self, iterator: Any = None, data_batch: Any = None
     ) -> Any:
+        check_compiled(self)
         strategy = self.distribute_strategy
-        if iterator is not None and strategy.num_replicas_in_sync > 1:
+        if iterator is not None and self._replicas > 1:
             iterator, data_batch = None, local_example(iterator, strategy)
         return super()._maybe_symbolic_build(iterator, data_batch)
 
     def _make_function(self, step_function: Callable[[Any], Any]) -> Any:
-        check_compiled(self)
         if spans_workers(self.distribute_strategy):
             return function_over_workers(self, step_function)
         return super()._make_function(step_function)
@@ -638,13 +650,26 @@ class AdversarialRegularization(keras.Model):
             self._form.raise_missing_labels(data)
         return x, y, sample_weight
 
-    def _total_loss(self, labeled_loss: Tensor, losses: Sequence[Tensor]) -> Tensor:
-        """Adds the base model's own losses, in the way of `Model.compute_loss`."""
+    def _total_loss(
+        self,
+        labeled_loss: Tensor,
+        losses: Sequence[Tensor],
+        share: Share | None = None,
+    ) -> Tensor:
+        """Adds the base model's own losses, in the way of `Model.compute_loss`.
+
+        Of several replicas each adds its share of them, which are means over examples,
+        or the same on all.
+        """
         if not losses:
             return labeled_loss
+        by_examples = None if share is None else share.by_examples
         # In half precision the labelled loss may be wider, which Keras trips over.
         added = [
-            ops.cast(self._aggregate_additional_loss(loss), labeled_loss.dtype)
+            ops.cast(
+                weigh(self._aggregate_additional_loss(loss), by_examples),
+                labeled_loss.dtype,
+            )
             for loss in losses
         ]
         return ops.sum([labeled_loss, *added])
@@ -663,6 +688,10 @@ class AdversarialRegularization(keras.Model):
         return {
             name_of(name): value for name, value in logs.items() if name not in trackers
         }
+
+    @property
+    def _replicas(self) -> int:
+        return self.distribute_strategy.num_replicas_in_sync
 
     def _batch_size(self, x: Features) -> Tensor:
         return tf.shape(next(leaf for leaf in tree.flatten(x) if leaf is not None))[0]

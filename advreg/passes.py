@@ -17,6 +17,7 @@ from advreg.convolution import cheap_input_gradients
 from advreg.distribution import (
     average,
     finite_without_examples,
+    overflowing_everywhere,
     share_of_batch,
     share_of_loss,
     sum_over_replicas,
@@ -101,6 +102,8 @@ class Step:
         outcome = self._passes()
         average(averages, before, self._share)
         gradients = finite_without_examples(outcome.gradients, self._share)
+        if isinstance(self._model.optimizer, keras.optimizers.LossScaleOptimizer):
+            gradients = overflowing_everywhere(gradients)
         return outcome._replace(gradients=gradients)
 
     def _passes(self) -> Outcome:
@@ -139,7 +142,7 @@ class Step:
         """No clean pass at all."""
         x_adv = self._perturb(None, None)
         adversarial_loss, y_pred, gradients = self._adversarial_pass(x_adv, alone=True)
-        loss = self._model._total_loss(adversarial_loss, self._model.losses)
+        loss = self._total(adversarial_loss, self._model.losses)
         return Outcome(y_pred, gradients, loss, None, adversarial_loss)
 
     def _together(self) -> Outcome:
@@ -231,7 +234,7 @@ class Step:
                 with tracked:
                     loss = self._compare(None, y_pred)
                 added = self._model.losses if alone else []
-                scaled_loss = self._scaled(self._model._total_loss(loss, added))
+                scaled_loss = self._scaled(self._total(loss, added))
             gradients = tape.gradient(scaled_loss, self._model.trainable_weights)
         return loss, y_pred, gradients
 
@@ -362,7 +365,10 @@ class Step:
         weight = self._config.clean_weight
         if weight != 1.0:
             labeled_loss = labeled_loss * weight
-        return self._model._total_loss(labeled_loss, losses)
+        return self._total(labeled_loss, losses)
+
+    def _total(self, loss: Tensor, losses: Sequence[Tensor]) -> Tensor:
+        return self._model._total_loss(loss, losses, self._share)
 
     def _forward(self, features: Features) -> Any:
         return self._model._forward(features, training=True, floats=self._perturbs)

@@ -163,14 +163,87 @@ def logit_pairing():
     return trained(wrapped(objective="logit_pairing"))
 
 
+def trained_and_evaluated(model, *data, **kwargs):
+    result = trained(model, *data, **kwargs)
+    found = model.evaluate(X, Y, sample_weight=WEIGHTS, batch_size=8, verbose=0)
+    return {**result, "evaluated": found}
+
+
 @case
 def reduction_to_a_sum():
-    return trained(wrapped(loss=crossentropy(reduction="sum"), multiplier=0.1))
+    model = wrapped(loss=crossentropy(reduction="sum"), multiplier=0.1)
+    return trained_and_evaluated(model)
 
 
 @case
 def reduction_by_weights():
-    return trained(wrapped(loss=crossentropy(reduction="mean_with_sample_weight")))
+    loss = crossentropy(reduction="mean_with_sample_weight")
+    return trained_and_evaluated(wrapped(loss=loss))
+
+
+@keras.saving.register_keras_serializable("replicas")
+class Added(layers.Layer):
+    """Adds a mean over examples to the loss."""
+
+    def call(self, inputs):
+        self.add_loss(0.1 * keras.ops.mean(inputs**2))
+        return inputs
+
+
+@case
+def losses_that_layers_add():
+    def make():
+        regularised = layers.Dense(
+            8, activity_regularizer="l2", kernel_regularizer="l2"
+        )
+        return [keras.Input((6,)), Added(), regularised, layers.Dense(3)]
+
+    model = wrapped(make)
+    return {**trained(model, *FEW), "evaluated": model.evaluate(*FEW, 8, verbose=0)}
+
+
+@case
+def an_overflow_in_one_part():
+    """In half precision, where a step is skipped by all or by none."""
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        model = wrapped(lambda: [keras.Input((6,)), layers.Dense(3)])
+    finally:
+        keras.config.set_dtype_policy("float64")
+    x = X[:16].copy()
+    x[4:8] = 30.0
+    result = trained(model, x, Y[:16])
+    scale = model.optimizer.dynamic_scale.numpy().tolist()
+    return {"scale": scale, "weights": result["weights"]}
+
+
+@case
+def metrics_of_several_numbers():
+    model = wrapped()
+    with scope():
+        each = keras.metrics.F1Score(average=None, dtype="float64")
+        loss = keras.losses.CategoricalCrossentropy(from_logits=True)
+        model.compile("sgd", loss, metrics=[each])
+    result = trained(model, X, keras.utils.to_categorical(Y, 3), epochs=1)
+    result["logs"] = {k: np.asarray(v).tolist() for k, v in result["logs"].items()}
+    return result
+
+
+@case
+def a_list_of_callbacks_and_a_late_start():
+    model = wrapped()
+    epochs = []
+    note = keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda e, logs: epochs.append(e)
+    )
+    callbacks = keras.callbacks.CallbackList([note], model=model, add_history=True)
+    # The first worker decides where all begin.
+    first = 1 if INDEX == 0 else 2
+    model.fit(
+        X, Y, 8, epochs=3, callbacks=callbacks, initial_epoch=first, shuffle=False
+    )
+    model.fit(X, Y, 8, epochs=1, callbacks=callbacks, shuffle=False, verbose=0)
+    return {**found(model), "epochs": epochs}
 
 
 @case
@@ -323,12 +396,27 @@ def saving():
     return {"before": found(model), "after": trained(loaded)}
 
 
+def inside_of_scope():
+    model = wrapped()
+    attack = PGD(epsilon=0.5, iterations=2)
+    watch = RobustAccuracy(attack, (X, Y))
+    with scope():
+        return [
+            message_of(
+                lambda: advreg.evaluate_robustness(
+                    model, X, Y, attacks=attack, verbose=0
+                )
+            ),
+            message_of(lambda: trained(model, callbacks=[watch])),
+        ]
+
+
 def message_of(function):
     try:
         function()
     except ValueError as error:
         return str(error)
-    return None
+    return "nothing"
 
 
 @case
@@ -344,6 +432,12 @@ def refusals():
         "steps_per_execution": message_of(
             lambda: trained(wrapped(compiled={"steps_per_execution": 2}))
         ),
+        "gradient_accumulation_steps": message_of(
+            lambda: trained(
+                wrapped(optimizer=keras.optimizers.SGD(gradient_accumulation_steps=2))
+            )
+        ),
+        "inside the scope": inside_of_scope(),
         "base outside": outside,
         "wrapper outside": message_of(lambda: advreg.AdversarialRegularization(inside)),
     }

@@ -194,6 +194,12 @@ def test_what_cannot_work_says_so(kind, trained):
     assert (
         f"`steps_per_execution` must be 1 under {name}" in found["steps_per_execution"]
     )
+    accumulation = found["gradient_accumulation_steps"]
+    assert f"`gradient_accumulation_steps` must be None under {name}" in accumulation
+    evaluating, watching = found["inside the scope"]
+    assert "`evaluate_robustness` must be called outside of" in evaluating
+    assert "`fit` with a `RobustAccuracy` must be called outside of" in watching
+    assert f"Received: the scope of a {name}" in watching
     assert f"Received: {name} and variables" in found["base outside"]
     assert "Received: no strategy and variables" in found["wrapper outside"]
 
@@ -201,7 +207,7 @@ def test_what_cannot_work_says_so(kind, trained):
 @pytest.mark.slow
 def test_on_one_device_nothing_is_refused(trained):
     one, _, _ = trained
-    assert set(one["refusals"].values()) == {None}
+    assert set(keras.tree.flatten(one["refusals"])) == {"nothing"}
 
 
 @pytest.mark.slow
@@ -314,6 +320,12 @@ def test_losses_that_reduce_in_different_ways_draw_a_warning():
     share = Share(tf.constant(0.5), tf.constant(0.25), tf.constant(4.0))
     with pytest.warns(UserWarning, match=r"Received: reduction=\['mean', 'sum'\]"):
         assert share_of_loss(share, Losses("mean", "sum")) is None
+
+
+def test_weights_of_single_outputs_draw_a_warning():
+    share = Share(tf.constant(0.5), None, tf.constant(4.0))
+    with pytest.warns(UserWarning, match="one weight for each example"):
+        assert share_of_loss(share, Losses("mean_with_sample_weight")) is None
 
 
 def test_no_examples_have_no_share_and_no_gradient_that_is_no_number():
