@@ -153,7 +153,8 @@ def cases():
 @pytest.mark.parametrize("case", [name for name in cases() if name not in OTHERWISE])
 def test_as_on_one_device(case, trained):
     one, replicas, workers = trained
-    tolerance = 1e-5 if case == "in_float32" else 1e-9
+    rounded = {"in_float32", "an_overflow_in_one_part"}
+    tolerance = 1e-5 if case in rounded else 1e-9
     for found in (replicas, *workers):
         assert_close(found[case], one[case], tolerance)
 
