@@ -319,10 +319,12 @@ def lost_workers_named(strategy: tf.distribute.Strategy) -> Iterator[None]:
         if not spans_workers(strategy):
             raise
         resolver = strategy.cluster_resolver
-        workers = len(resolver.cluster_spec().as_dict()["worker"])
+        # Where a cluster has a chief, that is a worker of another kind.
+        workers = sum(map(len, resolver.cluster_spec().as_dict().values()))
+        this = f"{resolver.task_type.capitalize()} {resolver.task_id} of {workers}"
         raise RuntimeError(
-            f"Worker {resolver.task_id} of {workers} has lost another one, and cannot "
-            "go on alone. Find out what ended that one, and start all workers again: "
+            f"{this} has lost another one, and cannot go on alone. Find out what ended "
+            "that one, and start all workers again: "
             "with `keras.callbacks.BackupAndRestore` they go on from the last epoch. "
             f"Received: {_reason(error)}"
         ) from error
