@@ -8,15 +8,24 @@ the ratio to the same preset without that. All sides take turns in one run.
 """
 
 import argparse
+import os
 import statistics
+import time
 
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
 import numpy as np
-import tensorflow as tf
-from step_cost import compiled, keras_step, measure, network  # Sets TensorFlow up.
+from comparison.measuring import rotated
+from comparison.ratios import ratios
+from peers.keras_tasks import compiled, training_task
 
 import advreg
 from advreg import AdvRegConfig
+from advreg.demo import mnist_network
 from advreg.tables import text_table
+
+STEPS = 2  # Of a turn.
 
 
 def presets(iterations):
@@ -43,6 +52,26 @@ def presets(iterations):
     }
 
 
+def steps_of(config, data):
+    """A function that makes so many steps of training; without a config, plain ones."""
+    keras.utils.set_random_seed(0)
+    base = mnist_network((28, 28, 1), 10)
+    model = base if config is None else advreg.AdversarialRegularization(base, config)
+    return training_task(compiled(model), base, *data).turn()
+
+
+def measure(sides, turns):
+    """Milliseconds per step of each side in each turn."""
+    times = {name: [] for name in sides}
+    for turn in range(-3, turns):  # Tracing, compiling and warming up stay out.
+        for name in rotated(list(sides), turn):
+            start = time.perf_counter()
+            sides[name](STEPS)
+            if turn >= 0:
+                times[name].append((time.perf_counter() - start) / STEPS * 1e3)
+    return times
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--turns", type=int, default=20)
@@ -50,29 +79,21 @@ def main():
     parser.add_argument("--iterations", type=int, default=10)
     args = parser.parse_args()
     rng = np.random.default_rng(0)
-    data = tf.data.Dataset.from_tensors(
-        (
-            rng.uniform(size=(args.batch, 28, 28, 1)).astype("float32"),
-            rng.integers(0, 10, args.batch),
-        )
-    ).repeat()
-    configs = presets(args.iterations)
-    sides = {"plain": keras_step(compiled(network(), False))}
-    for name, config in configs.items():
-        model = advreg.AdversarialRegularization(network(), config)
-        sides[name] = keras_step(compiled(model, False))
-    times = measure(sides, data, args.turns, steps=2)
-
-    def ratio(name, reference):
-        ratios = [a / b for a, b in zip(times[name], times[reference], strict=True)]
-        return f"{statistics.median(ratios):.2f}"
-
-    rows = [("plain", f"{statistics.median(times['plain']):.1f}", "1.00", "")]
-    for name in configs:
+    data = (
+        rng.uniform(size=(args.batch, 28, 28, 1)).astype("float32"),
+        rng.integers(0, 10, args.batch),
+    )
+    configs = {"plain": None, **presets(args.iterations)}
+    sides = {name: steps_of(config, data) for name, config in configs.items()}
+    times = measure(sides, args.turns)
+    rows = []
+    for name, values in times.items():
+        row = [name, f"{statistics.median(values):.1f}"]
         alone = name.removesuffix(" + awp")
-        without = ratio(name, alone) if alone != name else ""
-        milliseconds = f"{statistics.median(times[name]):.1f}"
-        rows.append((name, milliseconds, ratio(name, "plain"), without))
+        for reference in ("plain", alone if alone != name else None):
+            ratio = ratios(values, times[reference])[1] if reference else None
+            row.append("" if ratio is None else f"{ratio:.2f}")
+        rows.append(row)
     head = ("preset", "ms", "/ plain Keras", "/ without awp")
     print(text_table(head, rows))
 

@@ -201,6 +201,24 @@ def test_preset_cost_prints_a_row_for_each_preset(monkeypatch, capsys):
     assert all(float(cell) > 0 for row in rows for cell in row[-2:])
 
 
+@pytest.mark.slow
+def test_the_profile_of_a_step_adds_up():
+    options = ("--network", "tiny", "--batch", "4")
+    lines = rows_of("step_profile.py", *options)
+    assert lines[0] == [
+        *("tiny/fgsm/4,", "ms", "plain", "loop", "advreg", "advreg", "−", "loop")
+    ]
+    cells = [[float(cell) for cell in line[-4:]] for line in lines[2:9]]
+    for step, *parts in zip(*(row[:3] for row in cells), strict=True):
+        assert step > 0
+        assert sum(parts) == pytest.approx(step, abs=0.005)  # Roundings of six rows.
+    update, backward, forward = cells[1:4]
+    assert min(*update[:3], *backward[:3], *forward[:3]) > 0
+    for *_, loop, advreg, difference in cells:
+        assert advreg - loop == pytest.approx(difference, abs=0.0016)
+    assert {"MatMul", "others"} <= {line[0] for line in lines[10:] if line}
+
+
 @pytest.fixture
 def table(tmp_path, monkeypatch):
     """The table of robustness, of networks that are hardly trained."""
