@@ -24,10 +24,7 @@ import tempfile
 import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
-from compare_worker import limit_threads
-
-limit_threads(1)  # Before TensorFlow is there.
+os.environ["TF_NUM_INTRAOP_THREADS"] = os.environ["TF_NUM_INTEROP_THREADS"] = "1"
 
 import tensorflow as tf
 from comparison.measuring import rotated, steps_of_a_turn
