@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 from keras import ops, tree
 
 from advreg.ball import Settings
 from advreg.batches import BatchForm
 from advreg.checks import Schedule
-from advreg.config import (
-    AdvNeighborConfig,
-    AdvRegConfig,
-    check_adv_config,
-)
+from advreg.config import AdvRegConfig, check_adv_config
 from advreg.distribution import (
     FirstWorkersState,
     ReplicaSeedGenerator,
@@ -42,22 +36,16 @@ from advreg.distribution import (
 )
 from advreg.geometry import Tensor
 from advreg.images import as_floats, float_twin
-from advreg.movable import movable
-from advreg.packing import Features, Gradients, describe
+from advreg.on_batch import PerturbOnBatch
+from advreg.packing import Features
 from advreg.passes import Step
-from advreg.perturbation import (
-    differentiable,
-    input_gradients,
-    perturb,
-    to_tensor,
-)
+from advreg.perturbation import to_tensor
 from advreg.saving import (
     deserialize_adv_config,
     deserialize_base,
     deserialize_dtype,
     save_whole,
 )
-from advreg.scores import loss_name, takes_logits
 from advreg.state import assign
 
 _RANDOM_STATE = "random_state_"
@@ -151,7 +139,7 @@ class AdversarialRegularization(keras.Model):
         # `perturb_on_batch` draws from its own, so as not to change training.
         self._perturbing_seed = ReplicaSeedGenerator(name="perturbing_seed")
         # Keras leaves such an object alone where it would wrap a list or a dictionary.
-        self._perturbing = SimpleNamespace(function=None, key=None)
+        self._perturbing = PerturbOnBatch()
         self._twin = SimpleNamespace(model=None, layers=None)
         self.built = base_model.built
 
@@ -386,37 +374,7 @@ class AdversarialRegularization(keras.Model):
         Example:
         >>> x_adv = model.perturb_on_batch(x, y, adv_step_size=0.1, clip_value_min=0.0)
         """
-        config = self._override(overrides)
-        if not tf.executing_eagerly():
-            raise RuntimeError(
-                "`perturb_on_batch` returns NumPy arrays, which do not exist inside a "
-                "`tf.function` or `tf.data.Dataset.map`. Call it outside, or use "
-                "`advreg.gen_adv_neighbor` there."
-            )
-        if isinstance(x, (tf.data.Dataset, keras.utils.PyDataset)):
-            raise TypeError(
-                "`x` must be one batch. Loop over a dataset: `for x, y in dataset: "
-                f"model.perturb_on_batch(x, y)`. Received: {type(x).__name__}"
-            )
-        self._assert_compile_called("perturb_on_batch")
-        batch = self._unpack_labelled((x, y, sample_weight))
-        for name, part in zip(("x", "y", "sample_weight"), batch, strict=True):
-            _check_arrays(name, part)
-        features, labels, weights = (
-            tree.map_structure(to_tensor, part) for part in batch
-        )
-        self._build_by_running(features, labels)
-        iteration = self.optimizer.iterations if self.optimizer is not None else None
-        settings = _as_tensors(Settings.of(config, iteration))
-        perturbed = self._perturbing_function()(features, labels, weights, settings)
-        perturbed = tree.map_structure(_to_numpy, perturbed, batch[0])
-        if not isinstance(x, Mapping):
-            return perturbed
-        kept = self._form.fixed_keys
-        return {
-            key: perturbed[key] if key in perturbed and key not in kept else value
-            for key, value in x.items()
-        }
+        return self._perturbing(self, x, y, sample_weight, overrides)
 
     def save(
         self,
@@ -701,117 +659,10 @@ class AdversarialRegularization(keras.Model):
     ) -> None:
         tracker.update_state(unscale_loss(loss), sample_weight=examples)
 
-    def _takes_logits(self, predictions: Any) -> list[bool]:
-        """Whether each output holds logits, for objectives that compare scores."""
-        objective = type(self.adv_config.objective).__name__
-        losses = self._of_outputs(self.loss, predictions)
-        outputs = tree.flatten(predictions)
-        found = [takes_logits(loss) for loss in losses]
-        if len(found) != len(outputs) or None in found:
-            raise ValueError(
-                f"The objective {objective} compares scores of classes: every output "
-                "needs a cross-entropy of Keras as loss, which says whether they are "
-                f"logits. Received: loss={self.loss!r}"
-            )
-        for loss, output in zip(losses, outputs, strict=True):
-            several = len(output.shape) > 1 and output.shape[-1] != 1
-            if several and str(loss_name(loss)).startswith("binary"):
-                raise ValueError(
-                    f"The objective {objective} compares classes of which one is "
-                    "right: a binary cross-entropy needs a single score, several need "
-                    f"a categorical one. Received: loss={self.loss!r} and an output "
-                    f"of shape {tuple(output.shape)}"
-                )
-        return [bool(form) for form in found]
-
-    def _loss_weights(self, predictions: Any) -> list[float]:
-        """The weight of each output in the loss, as `compile` received them."""
-        given = self._compile_loss._user_loss_weights
-        return self._of_outputs(1.0 if given is None else given, predictions)
-
-    def _of_outputs(self, values: Any, predictions: Any) -> list[Any]:
-        """Lists losses or their weights in the order of the outputs."""
-        if isinstance(values, Mapping):
-            names = sorted(predictions) if isinstance(predictions, Mapping) else ()
-            if not set(values) <= set(names):
-                names = self.output_names
-            return [values.get(name) for name in names]
-        listed = tree.flatten(values)
-        return listed * len(tree.flatten(predictions)) if len(listed) == 1 else listed
-
-    def _override(self, overrides: dict[str, Any]) -> AdvNeighborConfig:
-        fields = _neighbor_fields()
-        unknown = sorted(set(overrides) - set(fields))
-        if unknown:
-            raise TypeError(
-                "Overrides of `perturb_on_batch` must be fields of "
-                f"`AdvNeighborConfig`: {fields}. Received: {unknown}"
-            )
-        return dataclasses.replace(self.adv_config.adv_neighbor_config, **overrides)
-
-    def _perturbing_function(self) -> Callable[..., Features]:
-        """The function behind `perturb_on_batch`, compiled as the model is."""
-
-        def function(
-            features: Features, labels: Any, weights: Any, settings: Settings
-        ) -> Features:
-            floats = as_floats(features)
-            wanted = differentiable(floats, self._form.fixed_keys)
-
-            def loss_at(features: Features) -> Tensor:
-                with keras.StatelessScope():
-                    y_pred = self._forward(features, training=False, floats=True)
-                    loss = self._compile_loss(labels, y_pred, weights)
-                return self._scale(loss)
-
-            def gradient_at(features: Features) -> Gradients:
-                return input_gradients(loss_at, features, wanted)
-
-            gradients = gradient_at(floats)
-            perturbed = perturb(
-                floats,
-                gradients,
-                gradient_at,
-                settings,
-                self._perturbing_seed,
-                movable(floats, weights, self.base_model),
-            )
-            leaves = zip(
-                tree.flatten(features), tree.flatten(perturbed), gradients, strict=True
-            )
-            return tree.pack_sequence_as(
-                features,
-                [leaf if g is None else moved for leaf, moved, g in leaves],
-            )
-
-        if self.run_eagerly:
-            return function
-        # The key keeps what it was compiled for alive, so that `is` stays safe.
-        key = (self._compile_loss, self.optimizer, self.jit_compile)
-        known = self._perturbing.key
-        if known is None or any(a is not b for a, b in zip(key, known, strict=True)):
-            self._perturbing.key = key
-            self._perturbing.function = tf.function(
-                function,
-                autograph=False,
-                jit_compile=self.jit_compile,
-            )
-        return self._perturbing.function
-
-    def _build_by_running(self, features: Features, labels: Any) -> None:
-        """Creates all state, which cannot be done while updates are discarded."""
-        with self.distribute_strategy.scope():
-            if not self.base_model.built:
-                self._forward(features, training=False)
-            if not self._compile_loss.built:
-                with keras.StatelessScope():
-                    y_pred = self._forward(features, training=False)
-                self._compile_loss.build(labels, y_pred)
-
 
 def _check_keywords(kwargs: dict[str, Any]) -> None:
     """Checks what is passed to `keras.Model`, which older versions of it do not."""
-    misplaced = sorted(set(kwargs) & {"multiplier", *_neighbor_fields()})
+    misplaced = sorted(set(kwargs) & {"multiplier", *Settings._fields})
     if misplaced:
         raise TypeError(
             "Hyperparameters belong in the configuration: "
@@ -821,19 +672,6 @@ def _check_keywords(kwargs: dict[str, Any]) -> None:
     if not isinstance(kwargs.get("trainable", True), bool):
         raise TypeError(
             f"`trainable` must be a bool. Received: {kwargs['trainable']!r}"
-        )
-
-
-def _check_arrays(name: str, part: Any) -> None:
-    """Checks that a part of a batch is made of arrays, and not of numbers."""
-    if any(
-        leaf is not None and getattr(leaf, "shape", ()) == ()
-        for leaf in tree.flatten(part)
-    ):
-        raise ValueError(
-            f"`{name}` must be an array with a batch axis, or a structure of arrays; a "
-            "list of numbers is a structure, so make it a NumPy array. Received: "
-            f"{describe(part)}"
         )
 
 
@@ -866,39 +704,3 @@ def _check_base(base_model: Any) -> None:
                 "metrics, and on what the model adds by `add_loss`.",
                 stacklevel=4,
             )
-
-
-def _neighbor_fields() -> list[str]:
-    return [field.name for field in dataclasses.fields(AdvNeighborConfig)]
-
-
-def _to_numpy(leaf: Any, given: Any) -> Any:
-    """Makes an array of a tensor; what never was a number stays what it was."""
-    if not isinstance(leaf, tf.Tensor):
-        return leaf
-    return np.asarray(given) if leaf.dtype == tf.string else leaf.numpy()
-
-
-def _as_tensors(settings: Settings) -> Settings:
-    """Makes every number a tensor, so that another value needs no new compilation."""
-
-    def convert(value: Any) -> Any:
-        return tree.map_structure(
-            lambda leaf: (
-                None if leaf is None else ops.convert_to_tensor(leaf, "float64")
-            ),
-            value,
-        )
-
-    numbers = {
-        name: convert(getattr(settings, name))
-        for name in (
-            "feature_mask",
-            "adv_step_size",
-            "clip_value_min",
-            "clip_value_max",
-            "pgd_epsilon",
-            "init_radius",
-        )
-    }
-    return settings._replace(**numbers)

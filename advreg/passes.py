@@ -27,6 +27,7 @@ from advreg.distribution import (
 from advreg.geometry import Tensor, l2_norm, steepest_direction, widen
 from advreg.movable import movable
 from advreg.objectives import Batch, Objective, Output
+from advreg.outputs import loss_weights, outputs_are_logits
 from advreg.packing import Features, Gradients
 from advreg.perturbation import (
     align,
@@ -330,9 +331,9 @@ class Step:
                 self._per_output(self._y, adversarial),
                 before,
                 after,
-                model._takes_logits(adversarial),
+                outputs_are_logits(model, adversarial),
                 weights,
-                model._loss_weights(adversarial),
+                loss_weights(model, adversarial),
                 strict=True,
             ):
                 logits = None if old is None else logits_of(old, from_logits)

@@ -11,7 +11,7 @@ from models import Subclassed, regularized, rows, two_outputs
 
 from advreg import AdversarialRegularization, NormType, datasets
 from advreg.attacks import ART
-from advreg.attacks import art as bridge
+from advreg.attacks import art_bridge as bridge
 
 pytest.importorskip("art")
 
@@ -221,7 +221,7 @@ def test_what_art_finds_by_itself_is_found(model, right, name, kwargs):
         loss_object=loss(),
         clip_values=(0.0, 1.0),
     )
-    attack = getattr(bridge._evasion(), name)(
+    attack = getattr(bridge.evasion(), name)(
         classifier, batch_size=32, verbose=False, **kwargs
     )
     keras.utils.set_random_seed(0)
@@ -443,7 +443,7 @@ def test_ranges_of_arrays(model, right):
 def test_memory_stays_that_of_a_batch(model, right, monkeypatch):
     x, y = right
     sizes = []
-    classifier = bridge._estimator_class()
+    classifier = bridge.estimator_class()
 
     def predict(self, x, *args, _predict=classifier.predict, **kwargs):
         sizes.append(len(x))
@@ -473,7 +473,7 @@ def test_memory_stays_that_of_a_batch(model, right, monkeypatch):
 
 def test_batch_size_is_passed_on_unless_given(model, right, monkeypatch):
     x, y = right
-    deepfool = bridge._evasion().DeepFool
+    deepfool = bridge.evasion().DeepFool
     made = []
 
     def generate(self, x, y=None):
@@ -708,14 +708,14 @@ def test_the_difference_of_logits_needs_three_classes():
 
 def test_outputs_of_another_shape_are_refused(model, right, monkeypatch):
     x, y = right
-    method = bridge._evasion().FastGradientMethod
+    method = bridge.evasion().FastGradientMethod
     monkeypatch.setattr(method, "generate", lambda self, x, y=None: x[:, :3])
     refused(model, x, y, "must give a perturbed input for each example")
 
 
 def test_values_that_are_not_finite_do_not_come_back(model, right, monkeypatch):
     x, y = right
-    method = bridge._evasion().FastGradientMethod
+    method = bridge.evasion().FastGradientMethod
     monkeypatch.setattr(method, "generate", lambda self, x, y=None: x * np.nan + x / 0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -752,14 +752,14 @@ def test_bars_only_where_asked_for(model, right, capfd):
 def test_the_extra_is_named_where_it_is_missing(
     model, right, missing, name, kwargs, monkeypatch
 ):
-    bridge._evasion.cache_clear()
+    bridge.evasion.cache_clear()
     monkeypatch.setitem(sys.modules, missing, None)
     monkeypatch.setitem(sys.modules, f"{missing}.attacks.evasion", None)
     try:
         with pytest.raises(ImportError, match=r"belongs to the extra 'attacks'"):
             ART(name, **kwargs, **RANGE)(model, *right)
     finally:
-        bridge._evasion.cache_clear()
+        bridge.evasion.cache_clear()
 
 
 def test_art_is_imported_where_it_is_needed_and_without_a_warning():

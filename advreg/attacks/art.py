@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import functools
 import inspect
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import keras
 import numpy as np
@@ -25,6 +22,13 @@ import tensorflow as tf
 from keras import tree
 
 from advreg._extras import import_extra
+from advreg.attacks.art_bridge import (
+    EXTRA,
+    Bridge,
+    estimator_class,
+    evasion,
+    geoda_mended,
+)
 from advreg.attacks.base import check_range, check_width
 from advreg.attacks.engine import Scene, Threat, size
 from advreg.attacks.victim import OutputForm, Victim
@@ -39,12 +43,9 @@ from advreg.checks import (
     show,
 )
 from advreg.config import NormType
-from advreg.geometry import Tensor
-from advreg.movable import movable
 from advreg.packing import Features, describe
 from advreg.perturbation import differentiable
 
-_EXTRA = "attacks"
 _ORDERS = {NormType.L1: 1, NormType.L2: 2, NormType.INFINITY: np.inf}
 
 # What ART takes to be `y` where the attack has no argument `targeted`, or ignores it.
@@ -91,6 +92,10 @@ _NORMS = {  # Of those that have a radius, and no argument `norm` that tells its
     "VirtualAdversarialMethod": NormType.L2,
     "Wasserstein": None,
 }
+
+
+class _RefusedError(ValueError):
+    """An error found here, which is not to be taken for one of ART's."""
 
 
 class ART:
@@ -304,7 +309,7 @@ class ART:
         form = victim.output_form(features)
         self._check_form(form)
         classes = victim.classes(y, form).numpy()
-        bridge = _Bridge(victim, features, form, batch_size)
+        bridge = Bridge(victim, features, form, batch_size)
         return bridge.pack(self._run(bridge, classes, clip_values))
 
     def __repr__(self) -> str:
@@ -318,9 +323,7 @@ class ART:
             shown.append(f"{name}={describe(value) if array else repr(value)}")
         return f"ART({', '.join(shown)})"
 
-    def _run(
-        self, bridge: _Bridge, classes: np.ndarray, clip_values: Any
-    ) -> np.ndarray:
+    def _run(self, bridge: Bridge, classes: np.ndarray, clip_values: Any) -> np.ndarray:
         """Attacks what stands, batch by batch."""
         x, adversarial = bridge.x, bridge.x.copy()
         if self.epsilon == 0:  # Which ART refuses, and nothing can move.
@@ -355,7 +358,7 @@ class ART:
         return np.where(kept, np.clip(adversarial, *clip_values), x).astype(x.dtype)
 
     def _labels(
-        self, bridge: _Bridge, rows: np.ndarray, classes: np.ndarray
+        self, bridge: Bridge, rows: np.ndarray, classes: np.ndarray
     ) -> np.ndarray | None:
         """What ART is to take for `y`: the classes, or targets where it wants those."""
         name = self._class.__name__
@@ -365,7 +368,7 @@ class ART:
         scores[np.arange(len(rows)), classes[rows]] = -np.inf
         return np.argmax(scores, axis=1)
 
-    def _make(self, bridge: _Bridge, clip_values: Any) -> Any:
+    def _make(self, bridge: Bridge, clip_values: Any) -> Any:
         """Makes ART's attack on a model, and the attacks that it is made of."""
         name = self._class.__name__
         classifier = bridge.classifier(name in _WANT_PROBABILITIES, clip_values)
@@ -391,7 +394,7 @@ class ART:
         return self._class(classifier, **kwargs)
 
     @contextlib.contextmanager
-    def _ready(self, bridge: _Bridge) -> Iterator[None]:
+    def _ready(self, bridge: Bridge) -> Iterator[None]:
         """Keeps ART quiet, mends what does not run, and says who it was that failed."""
         logger = logging.getLogger("art")
         level = logger.level
@@ -406,7 +409,7 @@ class ART:
                     logger.setLevel(logging.ERROR)
                 self._import_missing()
                 if self._class.__name__ == "GeoDA":
-                    stack.enter_context(_geoda_mended())
+                    stack.enter_context(geoda_mended())
                 yield
         except (ImportError, MemoryError, tf.errors.OpError, _RefusedError):
             raise
@@ -424,10 +427,10 @@ class ART:
         """Imports what ART needs and does not bring along, to say what brings it."""
         name = self._class.__name__
         if name == "AutoAttack":
-            import_extra("multiprocess", _EXTRA)
+            import_extra("multiprocess", EXTRA)
         if name in ("PixelAttack", "ThresholdAttack") and self._value("es") == 0:
             warnings.filterwarnings("ignore", "Could not import matplotlib")
-            import_extra("cma", _EXTRA)
+            import_extra("cma", EXTRA)
 
     def _checked(self, moved: Any, x: np.ndarray) -> np.ndarray:
         """Checks that ART gave a neighbour for each example."""
@@ -471,7 +474,7 @@ class ART:
             raise ValueError(
                 f"`attack` must work on Keras models. Received: {name}, for PyTorch"
             )
-        have = _estimator_class().__mro__
+        have = estimator_class().__mro__
         for needed in self._class._estimator_requirements or ():
             one_of = needed if isinstance(needed, tuple) else (needed,)
             if not any(cls in have for cls in one_of):
@@ -540,181 +543,6 @@ class ART:
         return self._kwargs.get(name, self._defaults.get(name))
 
 
-class _RefusedError(ValueError):
-    """An error of the bridge, which is not to be taken for one of ART's."""
-
-
-class _Bridge:
-    """A model and data in the forms that ART takes them in.
-
-    Args:
-        victim: The model.
-        features: Its features, a structure that holds one tensor.
-        form: How its outputs are read.
-        batch_size: Number of examples that go through it at once.
-    """
-
-    def __init__(
-        self, victim: Victim, features: Features, form: OutputForm, batch_size: int
-    ) -> None:
-        self._victim, self._features, self._form = victim, features, form
-        self.batch_size = batch_size
-        self.x = np.array(tree.flatten(features)[0])
-        flag = movable(features, None, victim.base)[0]
-        self.movable = True if flag is None else flag.numpy()
-        self._classifiers: dict[bool, Any] = {}
-
-    @property
-    def classes(self) -> int:
-        """The number of classes."""
-        return self._form.classes
-
-    def pack(self, x: Any) -> Features:
-        """Puts inputs into the structure of the features."""
-        return tree.pack_sequence_as(self._features, [x])
-
-    def scores(self, x: np.ndarray) -> np.ndarray:
-        """The logits, `[batch, classes]`."""
-        return np.array(self._compiled(False)(self.pack(tf.convert_to_tensor(x))))
-
-    def predicted(self) -> np.ndarray:
-        """The classes that the model takes the examples for."""
-        parts = [
-            np.argmax(self.scores(self.x[start : start + self.batch_size]), axis=1)
-            for start in range(0, len(self.x), self.batch_size)
-        ]
-        return np.concatenate(parts)
-
-    def classifier(self, probabilities: bool, clip_values: Any) -> Any:
-        """Makes ART's classifier of the model.
-
-        Args:
-            probabilities: Whether it gives probabilities, or logits.
-            clip_values: Smallest and largest value of an input, or `None`.
-        """
-        if probabilities in self._classifiers:  # Attacks made of attacks share it.
-            return self._classifiers[probabilities]
-        compiled = self._compiled(probabilities)
-        slope = self._slope(probabilities)
-        dtype = self.x.dtype
-
-        def packed(x: Any) -> Features:
-            return self.pack(tf.cast(tf.convert_to_tensor(x), dtype))
-
-        def model(x: Any, training: bool = False) -> Tensor:
-            return compiled(packed(x))  # In inference mode, whatever ART says.
-
-        classifier = self._classifiers[probabilities] = _estimator_class()(
-            slope=lambda x, columns: slope(packed(x), columns),
-            rows=self.batch_size,
-            model=model,
-            nb_classes=self.classes,
-            input_shape=self.x.shape[1:],
-            # The sum leaves the gradient of an example as it is, whatever the batch.
-            loss_object=keras.losses.CategoricalCrossentropy(
-                from_logits=not probabilities, reduction="sum"
-            ),
-            clip_values=clip_values,
-            channels_first=False,
-            preprocessing=None,
-        )
-        return classifier
-
-    def _compiled(self, probabilities: bool) -> Callable[..., Tensor]:
-        return self._victim.compile(
-            ("art", probabilities),
-            functools.partial(_scores, self._victim, self._form, probabilities),
-            self._example(),
-        )
-
-    def _slope(self, probabilities: bool) -> Callable[..., Tensor]:
-        """Makes what gives the gradient of one score of each example."""
-        score = functools.partial(_scores, self._victim, self._form, probabilities)
-
-        def slope(features: Features, columns: Tensor) -> Tensor:
-            (leaf,) = tree.flatten(features)
-            with tf.GradientTape(watch_accessed_variables=False) as tape:
-                tape.watch(leaf)
-                chosen = tf.gather(score(features), columns, batch_dims=1)
-            return tape.gradient(chosen, leaf)
-
-        columns = tf.zeros([1], tf.int32)
-        return self._victim.compile(
-            ("art slope", probabilities), slope, self._example(), columns
-        )
-
-    def _example(self) -> Features:
-        return tree.map_structure(lambda leaf: leaf[:1], self._features)
-
-
-def _scores(
-    victim: Victim, form: OutputForm, probabilities: bool, features: Features
-) -> Tensor:
-    """Logits or probabilities of each class, whatever the model itself gives."""
-    scores = form.logits(victim.outputs(features))
-    if form.columns == 1:  # Each class has a score that moves, and so a gradient.
-        scores -= tf.reduce_mean(scores, axis=1, keepdims=True)
-    scores = tf.nn.softmax(scores) if probabilities else scores
-    return _connected(tf.cast(scores, "float32"), tree.flatten(features)[0])
-
-
-@tf.custom_gradient
-def _connected(scores: Tensor, x: Tensor) -> Any:
-    """Returns the scores, whose gradient is zero, not missing, if they know no `x`."""
-
-    def gradient(upstream: Tensor) -> Any:
-        return upstream, tf.zeros_like(x)
-
-    return tf.identity(scores), gradient
-
-
-@functools.cache
-def _evasion() -> Any:
-    """Imports ART's attacks, which warn of PyTorch that is not installed."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "PyTorch not found")
-        # Of progress bars, in a notebook without ipywidgets.
-        warnings.filterwarnings("ignore", "IProgress not found")
-        return import_extra("art.attacks.evasion", _EXTRA)
-
-
-@functools.cache
-def _estimator_class() -> type:
-    """Makes the class of classifiers that are handed to ART, once ART is there."""
-    _evasion()
-    module = import_extra("art.estimators.classification", _EXTRA)
-    base: Any = module.TensorFlowV2Classifier
-
-    class KerasClassifier(base):
-        """ART's classifier, with batches where it has none, and compiled gradients."""
-
-        def __init__(self, slope: Callable, rows: int, **kwargs: Any) -> None:
-            super().__init__(**kwargs)
-            self._slope, self._rows = slope, rows
-
-        def predict(self, x: np.ndarray, *args: Any, **kwargs: Any) -> np.ndarray:
-            """Returns the scores, `[batch, classes]`."""
-            parts = [
-                np.array(self.model(x[start : start + self._rows]))
-                for start in range(0, len(x), self._rows)
-            ]
-            empty = np.zeros((0, self.nb_classes), "float32")
-            return np.concatenate([empty, *parts])
-
-        def class_gradient(
-            self, x: np.ndarray, label: Any = None, **kwargs: Any
-        ) -> np.ndarray:
-            """Returns gradients of scores, `[batch, classes or 1, ...]`."""
-            columns = range(self.nb_classes) if label is None else [label]
-            found = []
-            for column in columns:
-                places = np.broadcast_to(np.asarray(column, "int32"), len(x))
-                found.append(self._slope(x, tf.constant(places)).numpy())
-            return np.stack(found, axis=1).astype("float32")
-
-    return KerasClassifier
-
-
 def _attack_class(attack: Any) -> Any:
     """Finds a class of ART's evasion attacks.
 
@@ -722,12 +550,12 @@ def _attack_class(attack: Any) -> Any:
         TypeError: It is no such class.
         ValueError: There is none of that name.
     """
-    evasion = _evasion()
-    base = import_extra("art.attacks", _EXTRA).EvasionAttack
+    module = evasion()
+    base = import_extra("art.attacks", EXTRA).EvasionAttack
     if isinstance(attack, str):
         names = [
             name
-            for name, cls in vars(evasion).items()
+            for name, cls in vars(module).items()
             if inspect.isclass(cls) and issubclass(cls, base)
         ]
         if attack not in names:
@@ -736,7 +564,7 @@ def _attack_class(attack: Any) -> Any:
                 "`attack` must be the name of a class in `art.attacks.evasion`."
                 f"{_close(attack, names)}{numba} Received: {attack!r}"
             )
-        return getattr(evasion, attack)
+        return getattr(module, attack)
     if not inspect.isclass(attack) or not issubclass(attack, base):
         raise TypeError(
             "`attack` must be a class from `art.attacks.evasion`, or its name; other "
@@ -794,18 +622,3 @@ def _one_for_all(name: str, bound: Constraint, features: Features) -> Any:
         )
     like = (1, *x.shape[1:])
     return np.array(np.broadcast_to(value, like)[0], "float32")
-
-
-@contextlib.contextmanager
-def _geoda_mended() -> Iterator[None]:
-    """Lets GeoDA run with NumPy 2, without leaving files where it is run."""
-    module = import_extra("art.attacks.evasion.geometric_decision_based_attack", _EXTRA)
-    files: dict[str, np.ndarray] = {}
-    numpy = {**vars(np), "mat": np.asarray}
-    numpy.update(save=files.__setitem__, load=files.__getitem__)
-    path = SimpleNamespace(exists=files.__contains__)
-    with (
-        mock.patch.object(module, "np", SimpleNamespace(**numpy)),
-        mock.patch.object(module, "os", SimpleNamespace(path=path)),
-    ):
-        yield
