@@ -2,13 +2,15 @@
 
 The sides are plain Keras, a hand-written minimal loop, NSL 1.4.0, ART 1.20, Foolbox
 3.3, CleverHans 4 (on its TensorFlow 2), and a loop in PyTorch as its tutorials write
-it. Each runs in a process of its own, and in an environment of its own that is made by
-pip where it is missing (`environments.py`). All start from the same weights, and none
-is timed unless its logits are those of plain Keras to 1e-4.
+it; and `plain_nsl`, Keras alone in NSL's environment. Each runs in a process of its
+own, and in an environment of its own that is made by pip where it is missing
+(`environments.py`). All start from the same weights, and of those that go on from turn
+to turn none is timed unless its logits are those of plain Keras to 1e-4.
 
 The sides take turns, each time in another order, so that a machine whose speed drifts
-slows all of them. A ratio is the median over the turns of advreg's time to the peer's
-in that turn, with its quartiles. All sides have as many threads, and the same cores.
+slows all of them. A ratio is that of advreg's median to the peer's; the quartiles are
+those of the ratios within the turns. All sides have as many threads, and on Linux the
+same cores.
 
     python benchmarks/compare.py [--only step/mnist evaluate] [--json FILE]
     python benchmarks/compare.py --quick        # that everything runs
@@ -24,15 +26,19 @@ The work:
   of training that the user compiled, which it traces anew in each batch otherwise. How
   far the three steps of warming up have moved the logits stands in the columns `moved`:
   alike where the arithmetic is alike, which is so of advreg, the loop and NSL, and but
-  for how Adam's epsilon is meant of PyTorch.
+  for how Adam's epsilon is meant of PyTorch. With batch normalisation the attack's own
+  passes move the averages of NSL and PyTorch as well.
 - `evaluate`, `predict`: of a compiled model, on random images.
 - `first-step`: compiling, tracing and making a step by `fit`, in a new process.
 - `memory`: the most that a new process has held after five steps, Python and
   TensorFlow included, and its growth since the network was there.
 - `attack`: PGD-20 and AutoAttack on test images of MNIST, or of scikit-learn's digits
   where MNIST is not there, against the same plainly trained network. What an attack
-  traces for a network that it has not seen is counted. The table has the accuracy that
-  each side leaves: a ratio counts at equal accuracy only.
+  traces for a network that it has not seen is counted. advreg is done with an example
+  once it is fooled; `advreg_all_steps` is not, and the peers' PGD is not. ART's
+  AutoAttack starts APGD five times and Square five times, and has DeepFool besides;
+  advreg's is the standard one of its authors. The table has the accuracy that each side
+  leaves: a ratio counts at equal accuracy only.
 
 The works on the tutorial's network are that of the tutorial on random images, but for
 the attacks; the last numbers of a name are the radius, if it is not 0.2, and the batch.
@@ -60,11 +66,11 @@ from comparison.protocol import WorkerError
 from comparison.sides import Sides, prepare
 
 
-def targets_table(results):
+def targets_table(results, full_size):
     """The targets, what was measured, and whether they are met, as JSON can hold it."""
     by_name = {result["work"]: result for result in results}
     for target in works.TARGETS:
-        ratio, told = works.verdict(target, by_name.get(target.work))
+        ratio, told = works.verdict(target, by_name.get(target.work), full_size)
         yield {**dataclasses.asdict(target), "measured": ratio, "met": told}
 
 
@@ -85,6 +91,20 @@ def chosen(settings):
 def is_chosen(name, only):
     """Whether a name begins as one of some, or there are none."""
     return not only or any(name.startswith(start) for start in only)
+
+
+def check_only(settings):
+    """Ends with a message unless each `--only` begins a name."""
+    if settings.curves:
+        names = [curve.name for curve in curves()]
+    else:
+        names = [work.name for work in chosen(settings)]
+    for start in settings.only or ():
+        if not any(name.startswith(start) for name in names):
+            sys.exit(
+                "`--only` must be how names begin that `--list` prints. "
+                f"Received: {start}"
+            )
 
 
 def parse(arguments=None):
@@ -119,9 +139,14 @@ def parse(arguments=None):
     for name, value in (quick if settings.quick else full).items():
         if getattr(settings, name) is None:
             setattr(settings, name, value)
+    settings.full_size = settings.turns is None and all(
+        getattr(settings, name) == value
+        for name, value in {**full, "threads": 2, "quick": False}.items()
+    )
     if settings.quick and settings.turns is None:
         settings.turns = 2
-    if settings.json and not settings.json.absolute().parent.is_dir():
+    file = settings.json and settings.json.absolute()
+    if file and (file.is_dir() or not file.parent.is_dir()):
         parser.error(
             "`--json` must be a file in a folder that exists. "
             f"Received: {settings.json}"
@@ -141,67 +166,118 @@ def positive(text):
     return number
 
 
-def compare(sides, wanted, failures):
-    """Measures works one after the other, and prints the rows of each."""
-    results = []
+def compare(sides, wanted):
+    """Measures works one after the other, and prints the rows of each.
+
+    Args:
+        sides: The `Sides`.
+        wanted: Every `Work`.
+
+    Yields:
+        The result of a work, or `None`, and its failures.
+    """
     for number, work in enumerate(wanted):
         names = [name for name in work.sides if name in sides.pythons]
+        print(f"{work.name}: {', '.join(names)}", file=sys.stderr, flush=True)
         try:
             result, failed = measure(sides, work, names)
         except WorkerError as error:
             result, failed = None, [f"{work.name}: {error}"]
-        failures.extend(failed)
         if result is not None:
-            results.append(result)
             print(f"{table_of(result)}\n", flush=True)
+        yield result, failed
         needed = {name for later in wanted[number + 1 :] for name in later.sides}
         sides.keep({*needed, "plain"})
-    return results
+
+
+def draw(sides, wanted):
+    """Measures curves one after the other, and prints each. Yields as `compare`."""
+    for curve in wanted:
+        print(f"{curve.name}: advreg", file=sys.stderr, flush=True)
+        try:
+            result, failed = measure_curve(sides, curve), []
+        except WorkerError as error:
+            result, failed = None, [f"{curve.name}: {error}"]
+        if result is not None:
+            print_curve(result)
+        yield result, failed
+
+
+def run(settings, wanted, keep):
+    """Measures what is wanted.
+
+    Args:
+        settings: The options.
+        wanted: Works, or curves.
+        keep: Function that is called with all that is there, after each of them.
+
+    Returns:
+        All that is there at the end, as JSON can hold it.
+    """
+    needed = {"advreg", "plain"}
+    if not settings.curves:
+        needed |= {name for work in wanted for name in work.sides}
+    if settings.sides:
+        needed &= {*settings.sides, "advreg", "plain"}
+    pythons, failures = prepare([name for name in works.SIDES if name in needed])
+    kind, measured = ("curves", draw) if settings.curves else ("works", compare)
+    found = {"machine": machine(settings.threads), kind: [], "failures": failures}
+    tell(failures)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Sides(pythons, pathlib.Path(folder), settings) as sides,
+    ):
+        for result, failed in measured(sides, wanted):
+            tell(failed)
+            failures += failed
+            if result is not None:
+                found[kind].append(result)
+            found["versions"] = sides.versions
+            keep(found)
+    found["machine"]["load after"] = load()
+    if not settings.curves:
+        found["targets"] = list(targets_table(found["works"], settings.full_size))
+    keep(found)
+    return found
+
+
+def tell(failures):
+    for failure in failures:
+        print(f"Failed: {failure}", file=sys.stderr, flush=True)
+
+
+def kept_in(file):
+    """What keeps all that is there in a file, if there is one."""
+
+    def keep(found):
+        if file:
+            part = file.with_name(f"{file.name}.part")
+            part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            part.replace(file)
+
+    return keep
 
 
 def main():
     # Whoever ends this ends the workers too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("Terminated"))
     settings = parse()
-    wanted = [] if settings.curves else chosen(settings)
+    check_only(settings)
+    if settings.curves:
+        wanted = [c for c in curves() if is_chosen(c.name, settings.only)]
+    else:
+        wanted = chosen(settings)
     if settings.list:
-        print(*(work.name for work in wanted), sep="\n")
+        print(*(item.name for item in wanted), sep="\n")
         return
-    if not wanted and not settings.curves:
-        sys.exit(
-            "`--only` must be how names begin that `--list` prints. "
-            f"Received: {' '.join(settings.only)}"
-        )
-    needed = {name for work in wanted for name in work.sides} | {"advreg", "plain"}
-    if settings.sides:
-        needed &= {*settings.sides, "advreg", "plain"}
-    pythons, failures = prepare([name for name in works.SIDES if name in needed])
-    found = {"machine": machine(settings.threads)}
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        Sides(pythons, pathlib.Path(folder), settings) as sides,
-    ):
-        if settings.curves:
-            found["curves"] = []
-            for curve in curves():
-                if is_chosen(curve.name, settings.only):
-                    found["curves"].append(measure_curve(sides, curve))
-                    print_curve(found["curves"][-1])
-        else:
-            found["works"] = compare(sides, wanted, failures)
-            found["targets"] = list(targets_table(found["works"]))
-            names = {work.name for work in wanted}
-            print_targets([line for line in found["targets"] if line["work"] in names])
-        found["versions"] = sides.versions
-    found["machine"]["load after"] = load()
-    found["failures"] = failures
-    if settings.json:
-        settings.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    found = run(settings, wanted, kept_in(settings.json))
+    if not settings.curves:
+        names = {work.name for work in wanted}
+        print_targets([line for line in found["targets"] if line["work"] in names])
     told = [f"{name}: {value}" for name, value in found["machine"].items()]
     print(f"\n{'; '.join(told)}")
-    for failure in failures:
-        print(f"\nFailed: {failure}", file=sys.stderr)
-    sys.exit(1 if failures else 0)
+    tell(found["failures"])
+    sys.exit(1 if found["failures"] else 0)
 
 
 if __name__ == "__main__":

@@ -101,6 +101,7 @@ class Side:
         result = work(count)
         answer = {"seconds": time.perf_counter() - start, "peak": peak_memory()}
         if wanted.kind == "attack":
+            check_perturbed(wanted, result, count)
             answer["accuracy"] = accuracy(wanted, task, result)
         return answer
 
@@ -109,6 +110,24 @@ class Side:
         del self.jobs[job]
         gc.collect()
         return {}
+
+
+def check_perturbed(job, x_adv, count):
+    """Checks that examples are as many as they should be, in the ball and the range."""
+    import numpy as np
+    from peers.job import CLIP, ROUNDING
+
+    x, _ = job.data(count)
+    if x_adv.shape != x.shape:
+        raise ValueError(f"not {x.shape}, but {x_adv.shape} came back")
+    distance = float(np.max(np.abs(x_adv - x)))
+    low, high = float(np.min(x_adv)), float(np.max(x_adv))
+    within = CLIP[0] - ROUNDING <= low and high <= CLIP[1] + ROUNDING
+    if not (distance <= job.epsilon + ROUNDING and within):  # NaN is not within.
+        raise ValueError(
+            f"perturbed by {distance:.6g} at radius {job.epsilon}, into "
+            f"[{low:.6g}, {high:.6g}]"
+        )
 
 
 def accuracy(job, task, x_adv):
@@ -138,6 +157,8 @@ def main():
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     side = Side(name)
+    if "tensorflow" in sys.modules:  # A plug-in may have one that CUDA knows not of.
+        sys.modules["tensorflow"].config.set_visible_devices([], "GPU")
     for line in sys.stdin:
         print(json.dumps(answer(side, line)), file=answers, flush=True)
 

@@ -1,6 +1,6 @@
 """What a training step of each preset costs.
 
-Prints the median ratio of the training step of each preset to the plain Keras step of
+Prints the ratio of the median training step of each preset to the plain Keras step of
 the same network, that of NSL's tutorial, and for those that move the weights as well
 the ratio to the same preset without that. All sides take turns in one run.
 
@@ -16,8 +16,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
 import numpy as np
-from comparison.measuring import rotated
-from comparison.ratios import ratios
+from comparison.measuring import order
+from comparison.ratios import ratio
 from peers.keras_tasks import compiled, training_task
 
 import advreg
@@ -64,7 +64,7 @@ def measure(sides, turns):
     """Milliseconds per step of each side in each turn."""
     times = {name: [] for name in sides}
     for turn in range(-3, turns):  # Tracing, compiling and warming up stay out.
-        for name in rotated(list(sides), turn):
+        for name in order(sides, turn):
             start = time.perf_counter()
             sides[name](STEPS)
             if turn >= 0:
@@ -91,8 +91,10 @@ def main():
         row = [name, f"{statistics.median(values):.1f}"]
         alone = name.removesuffix(" + awp")
         for reference in ("plain", alone if alone != name else None):
-            ratio = ratios(values, times[reference])[1] if reference else None
-            row.append("" if ratio is None else f"{ratio:.2f}")
+            if reference is None:
+                row.append("")
+            else:
+                row.append(f"{ratio(values, times[reference])[1]:.2f}")
         rows.append(row)
     head = ("preset", "ms", "/ plain Keras", "/ without awp")
     print(text_table(head, rows))

@@ -9,8 +9,10 @@ the time of a step that no operation takes, which the executor and Python spend.
 
 All is done by a single thread, so that times of operations add up to those of steps.
 The sides take turns, and a figure is the median over the turns, in milliseconds per
-step. The profiler itself costs a little for each operation: `step` is the time of a
-step without it. The sides are those of `compare.py`. `PROFILE.md` says what was found.
+step. `step` is the time of a step without the profiler, of a function that has run for
+long; operations are those of the first steps of a new one. What is left of the step
+lies between operations. The sides are those of `compare.py`. `PROFILE.md` says what
+was found.
 """
 
 import argparse
@@ -27,7 +29,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ["TF_NUM_INTRAOP_THREADS"] = os.environ["TF_NUM_INTEROP_THREADS"] = "1"
 
 import tensorflow as tf
-from comparison.measuring import rotated, steps_of_a_turn
+from comparison.measuring import order, steps_of_a_turn
 from comparison.works import ATTACKS
 from peers import keras_networks, materials
 from peers.job import Job
@@ -107,7 +109,7 @@ def measure(job, turns):
     steps = {side: steps_of_a_turn(seconds(run, 1)) for side, run in runs.items()}
     found = {side: [] for side in SIDES}
     for turn in range(turns):
-        for side in rotated(SIDES, turn):
+        for side in order(SIDES, turn):
             step = seconds(runs[side], steps[side]) / steps[side] * 1e3
             found[side].append((step, profiled(runner(side, job))))
     return found
@@ -121,14 +123,11 @@ def median(values):
 
 def by_purpose(turns):
     """A step, what its operations are for, and what is left of it."""
-
-    def parts(step, operations):
-        sums = summed(operations, purpose)
-        rest = step - sum(operations.values())
-        ordered = {told: sums[told] for told, _ in PURPOSES}
-        return {"step": step, **ordered, "between operations": rest}
-
-    return median([parts(*turn) for turn in turns])
+    step = statistics.median(step for step, _ in turns)
+    sums = median([summed(operations, purpose) for _, operations in turns])
+    parts = {told: sums.get(told, 0.0) for told, _ in PURPOSES}
+    rest = step - sum(parts.values())
+    return {"step": step, **parts, "between operations": rest}
 
 
 def by_kind(turns):

@@ -1,10 +1,11 @@
 """Has the sides take turns, and collects what they answer."""
 
+import random
 import statistics
 
 from comparison.curves import described
 from comparison.protocol import WorkerError
-from comparison.ratios import quartiles, ratios
+from comparison.ratios import quartiles, ratio
 from comparison.works import Work
 
 LOGITS = 1e-4
@@ -32,6 +33,8 @@ def measure(sides, work, names):
     answers, failures = run(sides, work, names, job, count)
     if "advreg" not in answers:
         return None, failures
+    if answers["advreg"][0][work.measure] is None:
+        raise WorkerError("nothing tells the memory of a process on this system")
     values = {
         side: [per_unit(a, work) for a in found] for side, found in answers.items()
     }
@@ -49,7 +52,7 @@ def measure(sides, work, names):
         "values": values,
         "accuracy": accuracy,
         "ratios": {
-            side: ratios(values["advreg"], values[side])
+            side: ratio(values["advreg"], values[side])
             for side in values
             if side != "advreg"
         },
@@ -110,7 +113,7 @@ def turns(sides, work, names, job, count):
             moved[side] = attempt(side, "check", job=identity)
     answers = {side: [] for side in names}
     for turn in range(sides.settings.turns or work.turns):
-        for side in rotated(names, turn):
+        for side in order(names, turn):
             answer = attempt(side, "run", job=identity, count=counts[side])
             if answer is not None:
                 answer["count"] = counts[side]
@@ -131,7 +134,7 @@ def fresh_turns(sides, work, names, job, count):
     """What new processes answer in each turn, by side, and the failures."""
     answers, failures = {side: [] for side in names}, []
     for turn in range(sides.settings.turns or work.turns):
-        for side in rotated(tuple(answers), turn):
+        for side in order(answers, turn):
             try:
                 with sides.start(side) as worker:
                     versions = worker.ask("hello")["versions"]
@@ -146,10 +149,9 @@ def fresh_turns(sides, work, names, job, count):
     return answers, failures
 
 
-def rotated(names, turn):
-    """The order of the sides in a turn."""
-    start = turn % max(1, len(names))
-    return [*names[start:], *names[:start]]
+def order(names, turn):
+    """The order of the sides in a turn: another one in each, the same in each run."""
+    return random.Random(turn).sample(list(names), len(names))
 
 
 def measure_curve(sides, curve):
@@ -163,7 +165,7 @@ def measure_curve(sides, curve):
             last = worker.ask("run", job=name, count=1)
         jobs.append((name, steps_of_a_turn(last["seconds"]), []))
     for turn in range(sides.settings.turns or 10):
-        for name, count, values in rotated(jobs, turn):
+        for name, count, values in order(jobs, turn):
             seconds = worker.ask("run", job=name, count=count)["seconds"]
             values.append(seconds / count * 1e3)
     for name, _, _ in jobs:

@@ -3,6 +3,7 @@
 import statistics
 
 from advreg.tables import text_table
+from comparison.works import is_weaker
 
 UNITS = {"peak": ("MB", 1e-6, 0), "step": ("ms", 1e3, 2), "whole": ("s", 1, 2)}
 # What a result may have besides: its name, a factor, and digits.
@@ -18,15 +19,27 @@ def table_of(result):
     for name, _, _ in besides:
         head += [f"peer {name}", f"advreg {name}"]
     rows = []
-    for peer, (low, median, high) in result["ratios"].items():
+    for peer, (low, ratio, high) in result["ratios"].items():
         theirs = statistics.median(result["values"][peer]) * scale
-        row = [peer, f"{theirs:.{digits}f}", f"{own:.{digits}f}", f"{median:.3f}"]
+        row = [peer, f"{theirs:.{digits}f}", f"{own:.{digits}f}", f"{ratio:.3f}"]
+        if is_weaker(result, peer):
+            row[-1] += " at more accuracy"
         row.append(f"{low:.3f}–{high:.3f}")
         for name, factor, places in besides:
             values = (result[name][side] * factor for side in (peer, "advreg"))
             row += [f"{value:.{places}f}" for value in values]
         rows.append(row)
-    return text_table(head, rows)
+    return "\n".join([text_table(head, rows), *data_of(result)])
+
+
+def data_of(result):
+    """A line on the data, where they are no random ones."""
+    data = result["data"]
+    if "clean accuracy" in data:
+        yield (
+            f"{result['counts']['advreg']} test images of {data['data']}; on all of "
+            f"them the network's accuracy is {data['clean accuracy']:.4f}."
+        )
 
 
 def unit_of(result):

@@ -5,6 +5,9 @@ import contextlib
 import json
 import pathlib
 import subprocess
+import threading
+
+PATIENCE = 3600  # Seconds for an answer. ART's AutoAttack takes a quarter of an hour.
 
 
 class WorkerError(Exception):
@@ -18,10 +21,11 @@ class Worker:
         command: The command that starts it.
         log: The file for what it prints.
         environment: Its environment variables, by default those of this process.
+        patience: After so many seconds without an answer it is ended.
     """
 
-    def __init__(self, command, log, environment=None):
-        self.log = pathlib.Path(log)
+    def __init__(self, command, log, environment=None, patience=PATIENCE):
+        self.log, self.patience = pathlib.Path(log), patience
         with self.log.open("w") as file:
             self.process = subprocess.Popen(
                 [str(word) for word in command],
@@ -36,8 +40,11 @@ class Worker:
         """Sends a request, and returns the answer.
 
         Raises:
-            WorkerError: The answer is an error, or no answer, as the process ended.
+            WorkerError: The answer is an error, or there is none, as the process ended
+                or took too long.
         """
+        timer = threading.Timer(self.patience, self.process.kill)
+        timer.start()
         try:
             print(
                 json.dumps({"do": do, **arguments}), file=self.process.stdin, flush=True
@@ -45,10 +52,16 @@ class Worker:
             line = self.process.stdout.readline()
         except BrokenPipeError:
             line = ""
-        if not line:
+        late = not timer.is_alive()
+        timer.cancel()
+        if late:
+            raise WorkerError(f"no answer to {do!r} within {self.patience} s")
+        try:
+            answer = json.loads(line)
+        except ValueError:  # None, or what it managed to write.
             status = self.process.wait()
-            raise WorkerError(f"ended with status {status}: {self.last_words()}")
-        answer = json.loads(line)
+            words = self.last_words()
+            raise WorkerError(f"ended with status {status}: {words}") from None
         if "error" in answer:
             raise WorkerError(answer["error"])
         return answer

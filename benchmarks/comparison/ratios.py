@@ -12,9 +12,16 @@ def quartiles(values):
     return tuple(statistics.quantiles(values, n=4, method="inclusive"))
 
 
-def ratios(own, other):
-    """Quartiles of the ratios of two sides, each within its turn."""
-    return quartiles([a / b for a, b in zip(own, other, strict=True)])
+def ratio(own, other):
+    """What one side takes of the other: the ratio of medians, and its spread.
+
+    Returns:
+        The first quartile of the ratios of the turns, the ratio of the medians, and
+        the third quartile. A machine that slows down while the sides take turns moves
+        the medians, and hardly the quartiles.
+    """
+    low, _, high = quartiles([a / b for a, b in zip(own, other, strict=True)])
+    return low, statistics.median(own) / statistics.median(other), high
 
 
 def straight_line(x, y):

@@ -31,6 +31,7 @@ class Sides:
     running: dict = dataclasses.field(default_factory=dict)
     files: dict = dataclasses.field(default_factory=dict)
     versions: dict = dataclasses.field(default_factory=dict)
+    started: int = 0
 
     def start(self, side):
         """Starts a worker."""
@@ -38,7 +39,8 @@ class Sides:
             *(self.pythons[side], "-u", BENCHMARKS / "compare_worker.py"),
             *(side, self.settings.threads),
         ]
-        return Worker(command, self.folder / f"{side}.log", variables(side))
+        self.started += 1
+        return Worker(command, self.folder / f"{self.started}.log", variables(side))
 
     def worker(self, side):
         """The worker of a side, which is started unless it runs."""

@@ -43,21 +43,23 @@ def predict(job):
 
 def first_step(job):
     base = keras_networks.load(job)
-    return keras_tasks.first_step_task(lambda base: wrapped(base, job), base, job)
+    return keras_tasks.first_step_task(
+        lambda base: wrapped(base, job), base, job.batch, *job.data()
+    )
 
 
-def attack(job):
+def attack(job, **options):
     base, (x, y) = keras_networks.load(job), job.data(job.examples)
-    made = {
-        "pgd": lambda: attacks.PGD(
-            job.epsilon, step_size=job.step_size, iterations=job.iterations, **RANGE
-        ),
-        "autoattack": lambda: attacks.AutoAttack(job.epsilon, **RANGE),
-    }[job.attack]()
+
+    def made():
+        if job.attack == "autoattack":
+            return attacks.AutoAttack(job.epsilon, **RANGE, **options)
+        steps = {"step_size": job.step_size, "iterations": job.iterations}
+        return attacks.PGD(job.epsilon, **steps, **RANGE, **options)
 
     def turn():
         model = keras.models.clone_model(base)  # For which nothing is compiled yet.
         model.set_weights(base.get_weights())
-        return lambda count: made(model, x[:count], y[:count], batch_size=job.batch)
+        return lambda count: made()(model, x[:count], y[:count], batch_size=job.batch)
 
     return Task(turn, keras_tasks.logits_of(base))

@@ -45,8 +45,7 @@ def step(job, train_step=None):
         trainer.attack.set_params(batch_size=job.batch, verbose=False)
 
     def run(steps):
-        for _ in range(steps):
-            trainer.fit(x, y, batch_size=job.batch, nb_epochs=1)
+        trainer.fit(x, y, batch_size=job.batch, nb_epochs=steps)  # Of one batch each.
 
     return Task(lambda: run, keras_tasks.logits_of(base))
 

@@ -10,6 +10,7 @@ import numpy as np
 MULTIPLIER, EPSILON = 0.2, 0.2
 CLIP = (0.0, 1.0)
 CLASSES = 10
+ROUNDING = 1e-5  # By which perturbed examples may miss the ball and the range.
 
 
 @dataclasses.dataclass(frozen=True)

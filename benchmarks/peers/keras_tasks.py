@@ -49,17 +49,17 @@ def inference_task(method, base, batch, *data):
     return Task(lambda: run, logits_of(base))
 
 
-def first_step_task(wrap, base, job):
+def first_step_task(wrap, base, batch, *data):
     """The first step of `fit`: compiling, tracing, and the step.
 
     Args:
         wrap: Function from the network to the model that is trained.
         base: The network.
-        job: The `Job`.
+        batch: Number of examples in the data.
+        *data: What `fit` takes.
     """
-    x, y = job.data()
 
     def run(_):
-        compiled(wrap(base)).fit(x, y, batch_size=job.batch, verbose=0)
+        compiled(wrap(base)).fit(*data, batch_size=batch, verbose=0)
 
     return Task(lambda: run, logits_of(base))

@@ -24,7 +24,11 @@ def minimal_step(model, job):
         x_adv = x + job.step_size * tf.sign(gradient)
         x_adv = tf.clip_by_value(x_adv, *CLIP)
         for _ in range(job.iterations - 1):
-            with tf.GradientTape(watch_accessed_variables=False) as tape:
+            # Moving averages see the clean and the perturbed examples, and no others.
+            with (
+                keras.StatelessScope(),
+                tf.GradientTape(watch_accessed_variables=False) as tape,
+            ):
                 tape.watch(x_adv)
                 loss = loss_fn(y, model(x_adv, training=True))
             x_adv += job.step_size * tf.sign(tape.gradient(loss, x_adv))

@@ -20,10 +20,9 @@ def wrapped(base, job):
         clip_value_min={"image": CLIP[0]},
         clip_value_max={"image": CLIP[1]},
     )
-    model = nsl.keras.AdversarialRegularization(
+    return nsl.keras.AdversarialRegularization(
         base, label_keys=["label"], adv_config=config
     )
-    return keras_tasks.compiled(model)
 
 
 def dictionary(x, y):
@@ -32,11 +31,19 @@ def dictionary(x, y):
 
 def step(job):
     base = keras_networks.load(job)
-    data = dictionary(*job.data())
-    return keras_tasks.training_task(wrapped(base, job), base, data)
+    model = keras_tasks.compiled(wrapped(base, job))
+    return keras_tasks.training_task(model, base, dictionary(*job.data()))
 
 
 def evaluate(job):
     base = keras_networks.load(job)
-    model, data = wrapped(base, job), dictionary(*job.data(job.examples))
+    model = keras_tasks.compiled(wrapped(base, job))
+    data = dictionary(*job.data(job.examples))
     return keras_tasks.inference_task(model.evaluate, base, job.batch, data)
+
+
+def first_step(job):
+    base = keras_networks.load(job)
+    return keras_tasks.first_step_task(
+        lambda base: wrapped(base, job), base, job.batch, dictionary(*job.data())
+    )

@@ -21,4 +21,5 @@ def predict(job):
 
 
 def first_step(job):
-    return keras_tasks.first_step_task(lambda base: base, keras_networks.load(job), job)
+    base = keras_networks.load(job)
+    return keras_tasks.first_step_task(lambda base: base, base, job.batch, *job.data())
