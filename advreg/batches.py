@@ -69,7 +69,8 @@ class BatchForm:
             Features, and labels and weights or `None` where there are none.
 
         Raises:
-            ValueError: Sample weights come twice.
+            ValueError: Sample weights come twice, or labels under several keys do not
+                tell to which output they belong.
         """
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         if not isinstance(x, Mapping):
@@ -106,6 +107,22 @@ class BatchForm:
         if isinstance(declared, Mapping) and set(declared) < set(features):
             return {key: features[key] for key in declared}
         return features
+
+    def check_weights(self, data: Any) -> None:
+        """Checks that a batch for training has the weights that it is to have.
+
+        Raises:
+            ValueError: Labels come in a dictionary, and sample weights do not come.
+        """
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        key = self.sample_weight_key
+        if key is None or y is not None or sample_weight is not None or key in x:
+            return
+        raise ValueError(
+            f"Sample weights are missing: a dictionary `x` with labels must hold the "
+            f"`sample_weight_key` {key!r} in training. Received: x with the keys "
+            f"{list(x)}"
+        )
 
     def put_labels_beside(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Takes labels out of the dictionaries that `fit` received, and passes as `y`.
@@ -176,8 +193,19 @@ class BatchForm:
             features = _without(x, keys)
         if not keys or len(keys) < len(self.label_keys):
             return None, features
-        labels = [x[key] for key in keys]
-        return labels[0] if len(labels) == 1 else labels, features
+        if len(keys) == 1:
+            return x[keys[0]], features
+        outputs = getattr(self.base_model, "_outputs_struct", None)
+        if not isinstance(outputs, Mapping):
+            return [x[key] for key in keys], features
+        # In which order a list would belong to them nothing says.
+        if set(outputs) != set(keys):
+            raise ValueError(
+                "Several `label_keys` must be the keys of the base model's outputs, "
+                f"where those are a dictionary. Received: {self.label_keys} for the "
+                f"outputs {sorted(outputs)}"
+            )
+        return {key: x[key] for key in keys}, features
 
 
 def _without(x: Mapping, keys: list) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -11,32 +12,51 @@ from keras import tree
 from advreg.packing import Features
 
 
-def as_floats(features: Features) -> Features:
+def as_floats(features: Features, fixed: Sequence[str] = ()) -> Features:
     """Casts images of type uint8 to float32, and leaves all else as it is.
 
     An image has a batch axis and two more axes at least. Other integers are categories
     or counts more often than quantities, and no perturbation is defined for those.
+
+    Args:
+        features: A tensor, or a structure of tensors.
+        fixed: Keys of a dictionary of features that stay as they are.
     """
+    if fixed and isinstance(features, Mapping):
+        return {
+            key: value if key in fixed else as_floats(value)
+            for key, value in features.items()
+        }
     return tree.map_structure(
         lambda leaf: tf.cast(leaf, "float32") if _is_image(leaf) else leaf, features
     )
 
 
-def float_twin(model: keras.Model) -> keras.Model:
+def float_twin(model: keras.Model, fixed: Sequence[str] = ()) -> keras.Model:
     """Returns the model, or, if it declares inputs of bytes, a twin that takes floats.
 
     Keras truncates what comes to an input declared as uint8. The twin has float32
     inputs there, in nested models as well, and shares all layers with the model.
+
+    Args:
+        model: The model.
+        fixed: Names of inputs that keep their type.
     """
+
+    def as_float(tensor: keras.KerasTensor) -> keras.KerasTensor:
+        if tensor.name in fixed or not _is_image(tensor):
+            return tensor
+        return keras.Input(batch_shape=tensor.shape, dtype="float32", name=tensor.name)
+
     if not _declares_bytes(model):
         return model
     if isinstance(model, keras.Sequential):
         return keras.Sequential(
-            [_as_float(model.inputs[0]), *map(_twin_layer, model.layers)]
+            [as_float(model.inputs[0]), *map(_twin_layer, model.layers)]
         )
     return keras.models.clone_model(
         model,
-        input_tensors=tree.map_structure(_as_float, model.input),
+        input_tensors=tree.map_structure(as_float, model.input),
         clone_function=_twin_layer,
     )
 
@@ -58,9 +78,3 @@ def _declares_bytes(model: keras.Model) -> bool:
 
 def _twin_layer(layer: keras.Layer) -> keras.Layer:
     return float_twin(layer) if isinstance(layer, keras.Model) else layer
-
-
-def _as_float(tensor: keras.KerasTensor) -> keras.KerasTensor:
-    if not _is_image(tensor):
-        return tensor
-    return keras.Input(batch_shape=tensor.shape, dtype="float32", name=tensor.name)

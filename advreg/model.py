@@ -18,6 +18,7 @@ from advreg.ball import Settings
 from advreg.batches import BatchForm
 from advreg.checks import Schedule
 from advreg.config import AdvRegConfig, check_adv_config
+from advreg.convolution import cheap_input_gradients
 from advreg.distribution import (
     FirstWorkersState,
     ReplicaSeedGenerator,
@@ -87,9 +88,12 @@ class AdversarialRegularization(keras.Model):
         adv_config: An `AdvRegConfig`, as `make_adv_reg_config` returns; by default
             `AdvRegConfig()`.
         label_keys: Keys of the labels in dictionary inputs. Several keys give a list
-            of labels in that order.
+            of labels in that order; if the base model declares a dictionary of outputs,
+            they must be its keys.
         sample_weight_key: Key of the sample weights in dictionary inputs. Where `y` is
-            given and the base model declares no inputs, it is a feature.
+            given and the base model declares no inputs, it is a feature. `predict`,
+            which has no `y`, takes such a key away: pass `label_keys=()` for a base
+            model that declares no inputs, and has one of that name.
         base_with_labels_in_features: Whether the base model is to receive labels that
             come in a dictionary as inputs too. They are not perturbed.
         **kwargs: `name`, `dtype` and `trainable` of the model. `dtype` is by default
@@ -255,9 +259,10 @@ class AdversarialRegularization(keras.Model):
     def train_step(self, data: Any) -> dict[str, Tensor]:
         """Takes one step: clean pass, attack, adversarial pass, one update."""
         x, y, sample_weight = self._unpack_labelled(data)
+        self._form.check_weights(data)
         x = tree.map_structure(to_tensor, x)
         if isinstance(multiplier := self.adv_config.multiplier, Schedule) or multiplier:
-            x = as_floats(x)
+            x = as_floats(x, self._form.fixed_keys)
         step = Step(self, x, y, sample_weight)
         outcome = step.take()
         if outcome.gradients:
@@ -346,6 +351,7 @@ class AdversarialRegularization(keras.Model):
     ) -> Any:
         """Returns the adversarial neighbours of a batch under the model as it is.
 
+        What grows is the compiled loss, whatever the objective of training attacks.
         The model runs in inference mode. No weight, metric, statistic or random state
         of training changes. Numbers in `overrides` reach the compiled function as
         tensors, so that a sweep over them compiles once.
@@ -569,8 +575,15 @@ class AdversarialRegularization(keras.Model):
         """The base model, or one of the same layers that leaves floats as they are."""
         layers = getattr(self.base_model, "layers", None)
         if self._twin.layers != layers:
-            self._twin.layers, self._twin.model = layers, float_twin(self.base_model)
+            twin = float_twin(self.base_model, self._form.fixed_keys)
+            self._twin.layers, self._twin.model = layers, twin
         return self._twin.model
+
+    def _to_the_input(self) -> contextlib.AbstractContextManager[None]:
+        """Under which a forward pass runs whose gradient to the input is wanted."""
+        if self.jit_compile:  # XLA makes its own of that gradient.
+            return contextlib.nullcontext()
+        return cheap_input_gradients(self.base_model)
 
     def _assert_compile_called(self, method_name: str | None = None) -> None:
         """Says more than Keras, whose users have no second model to compile."""

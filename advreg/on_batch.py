@@ -1,4 +1,4 @@
-"""`perturb_on_batch`: a model's own attack on one batch, outside training."""
+"""`perturb_on_batch`: the configured perturbation of one batch, outside training."""
 
 from __future__ import annotations
 
@@ -87,6 +87,8 @@ class PerturbOnBatch:
             return function
         # The tuple keeps what it was compiled for alive, so that `is` stays safe.
         wanted = (model._compile_loss, model.optimizer, model.jit_compile)
+        # Before it is built, an optimizer that scales losses scales by a constant.
+        wanted += (getattr(model.optimizer, "built", None),)
         known = self._compiled_for
         if not known or any(a is not b for a, b in zip(wanted, known, strict=True)):
             self._compiled_for = wanted
@@ -104,12 +106,14 @@ def _perturbed(
     settings: Settings,
 ) -> Features:
     """Perturbs features; what cannot be perturbed keeps its type."""
-    floats = as_floats(features)
-    wanted = differentiable(floats, model.batch_form.fixed_keys)
+    fixed = model.batch_form.fixed_keys
+    floats = as_floats(features, fixed)
+    wanted = differentiable(floats, fixed)
 
     def loss_at(features: Features) -> Tensor:
         with keras.StatelessScope():
-            y_pred = model._forward(features, training=False, floats=True)
+            with model._to_the_input():
+                y_pred = model._forward(features, training=False, floats=True)
             loss = model._compile_loss(labels, y_pred, weights)
         return model._scale(loss)
 
@@ -155,7 +159,9 @@ def _build_by_running(
         if not model._compile_loss.built:
             with keras.StatelessScope():
                 y_pred = model._forward(features, training=False)
-            model._compile_loss.build(labels, y_pred)
+            model._compile_loss(labels, y_pred)  # Which finds out what goes with what.
+            for metric in model._compile_loss.metrics:
+                metric.reset_state()
 
 
 def _check_arrays(name: str, part: Any) -> None:

@@ -50,7 +50,8 @@ def outputs_are_logits(
 def loss_weights(model: AdversarialRegularization, predictions: Any) -> list[float]:
     """The weight of each output in the loss, as `compile` received them."""
     given = model._compile_loss._user_loss_weights
-    return _of_outputs(model, 1.0 if given is None else given, predictions)
+    listed = _of_outputs(model, 1.0 if given is None else given, predictions)
+    return [1.0 if weight is None else weight for weight in listed]
 
 
 def _of_outputs(
@@ -58,7 +59,8 @@ def _of_outputs(
 ) -> list[Any]:
     """Lists losses or their weights in the order of the outputs."""
     if isinstance(values, Mapping):
-        names = sorted(predictions) if isinstance(predictions, Mapping) else ()
+        paths = tree.flatten_with_path(predictions)
+        names = [path[0] for path, _ in paths if path]
         if not set(values) <= set(names):
             names = model.output_names
         return [values.get(name) for name in names]

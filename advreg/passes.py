@@ -13,7 +13,6 @@ from keras import ops, tree
 from advreg.ball import Settings
 from advreg.checks import Schedule
 from advreg.config import NormType
-from advreg.convolution import cheap_input_gradients
 from advreg.distribution import (
     average,
     finite_without_examples,
@@ -196,7 +195,7 @@ class Step:
         # Persistent, because the losses that a model adds show only once it has run.
         with tf.GradientTape(persistent=True) as tape:
             tape.watch(watched)
-            with self._to_the_input() if watched else contextlib.nullcontext():
+            with self._model._to_the_input() if watched else contextlib.nullcontext():
                 y_pred = self._forward(self._x)
             labeled_loss = self._labeled_loss(y_pred)
             losses = model.losses
@@ -250,7 +249,7 @@ class Step:
 
         def loss_at(features: Features) -> Tensor:
             with keras.StatelessScope():
-                with self._to_the_input():
+                with self._model._to_the_input():
                     y_pred = self._forward(features)
                 batch = self._batch(clean, y_pred, constant=True)
                 return self._scaled(self._objective.attack(batch))
@@ -268,12 +267,6 @@ class Step:
             movable(self._x, weights, model.base_model),
             unroll=synchronizes(model.base_model),
         )
-
-    def _to_the_input(self) -> contextlib.AbstractContextManager[None]:
-        """Under which a forward pass runs whose gradient to the input is wanted."""
-        if self._model.jit_compile:  # XLA makes its own of that gradient.
-            return contextlib.nullcontext()
-        return cheap_input_gradients(self._model.base_model)
 
     @contextlib.contextmanager
     def _moved_weights(self, term: Callable[[], Tensor]) -> Iterator[None]:

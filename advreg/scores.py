@@ -58,9 +58,33 @@ def loss_name(loss: Any) -> str | None:
     losses = [item for item in tree.flatten(loss) if item is not None]
     if len(losses) != 1:
         return None
+    if _fits_labels(losses[0]):
+        return "categorical_crossentropy"
     loss = keras.losses.get(losses[0])
     name = getattr(loss, "__name__", type(loss).__name__)
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+
+
+def get_loss(loss: Any, labels: Tensor, outputs: Tensor) -> Any:
+    """The loss, a function or an object, that `compile` makes of what it is given.
+
+    Args:
+        loss: One loss, as `compile` takes it.
+        labels: Labels of a batch.
+        outputs: Outputs for it.
+    """
+    if not _fits_labels(loss):
+        return keras.losses.get(loss)
+    if outputs.shape[-1] == 1:
+        return keras.losses.binary_crossentropy
+    if labels.shape.rank < outputs.shape.rank or labels.shape[-1] == 1:
+        return keras.losses.sparse_categorical_crossentropy
+    return keras.losses.categorical_crossentropy
+
+
+def _fits_labels(loss: Any) -> bool:
+    """Whether a loss is the cross-entropy that fits the labels, whichever it is."""
+    return isinstance(loss, str) and loss.lower() in ("ce", "crossentropy")
 
 
 def widen(tensor: Tensor) -> Tensor:

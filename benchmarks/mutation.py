@@ -46,6 +46,9 @@ TESTS = {
     "batches": ["batches"],
     "images": ["images"],
     "saving": ["saving"],
+    "passes": ["passes", "model", "objectives"],
+    "on_batch": ["perturb_on_batch", "batches", "images"],
+    "outputs": ["objectives"],
     "model": ["model", "batches", "images", "saving", "parity"],
 }
 # Bit operations break arithmetic, an order of identities means nothing, `+1` is `1`,

@@ -270,6 +270,34 @@ def test_several_label_keys_give_a_list_in_their_order():
     assert by_key == model.evaluate(X, [Y, target], verbose=0)
 
 
+def named_outputs(*names):
+    inputs = keras.Input((6,), name="x")
+    outputs = {name: layers.Dense(3, name=f"of_{name}")(inputs) for name in names}
+    return keras.Model(inputs, outputs)
+
+
+def test_several_label_keys_find_outputs_of_their_names():
+    base = named_outputs("left", "right")
+    model = AdversarialRegularization(base, label_keys=["right", "left"])
+    model.compile("sgd", {name: cross_entropy() for name in ("left", "right")})
+    other = (Y + 1) % 3
+    x = {"x": X, "left": Y, "right": other}
+    expected = model.evaluate(X, {"left": Y, "right": other}, verbose=0)
+    assert model.evaluate(x, verbose=0) == expected
+    assert model.evaluate({**x, "left": other}, verbose=0) != expected
+    model.fit(x, verbose=0)
+    np.testing.assert_array_equal(model.perturb_on_batch(x)["left"], Y)
+
+
+def test_several_label_keys_must_tell_their_outputs():
+    model = AdversarialRegularization(
+        named_outputs("left", "right"), label_keys=["a", "b"]
+    )
+    model.compile("sgd", {name: cross_entropy() for name in ("left", "right")})
+    with pytest.raises(ValueError, match=r"\('a', 'b'\) for .* \['left', 'right'\]"):
+        model.fit({"x": X, "a": Y, "b": Y}, verbose=0)
+
+
 def test_keys_that_the_base_declares_are_features():
     inputs = {
         "x": keras.Input((4,), name="x"),
@@ -382,6 +410,18 @@ def test_a_weight_key_beside_labels():
     model.compile("sgd", cross_entropy())
     model.fit({"x": X, "w": LEFT}, Y, verbose=0)
     assert base.received == {"x": 0, "w": 0}
+
+
+def test_sample_weights_that_are_to_come_do():
+    model = AdversarialRegularization(classifier(), sample_weight_key="weight")
+    model.compile("sgd", cross_entropy())
+    x = {"x": X, "label": Y}
+    model.fit({**x, "weight": np.ones(12)}, validation_data=(x,), verbose=0)
+    with pytest.raises(ValueError, match=r"'weight'.*\['x', 'label', 'weights'\]"):
+        model.fit({**x, "weights": np.ones(12)}, verbose=0)
+    model.train_on_batch(x, sample_weight=np.ones(12))
+    assert model.evaluate(x, verbose=0) > 0
+    assert model.perturb_on_batch(x)["x"].shape == X.shape
 
 
 def test_sample_weights_given_twice():

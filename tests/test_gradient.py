@@ -440,6 +440,27 @@ def test_the_loss_of_the_model_is_the_compiled_one():
         FGSM(epsilon=0.2, loss="model")(one_hot, x, y)
 
 
+@pytest.mark.parametrize(
+    ("units", "labels", "name"),
+    [
+        (3, [0, 1, 2, 0], "sparse_categorical_crossentropy"),
+        (3, np.eye(3)[[0, 1, 2, 0]], "categorical_crossentropy"),
+        (1, [0, 1, 1, 0], "binary_crossentropy"),
+    ],
+)
+def test_the_cross_entropy_that_fits_the_labels_is_found(units, labels, name):
+    activation = "sigmoid" if units == 1 else "softmax"
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(units, activation)])
+    x, y = rows(4, 4), np.array(labels)
+    got = []
+    for loss in ("crossentropy", name):
+        model.compile("sgd", loss)
+        got.append(FGSM(epsilon=0.2, norm="l2", loss="model")(model, x, y))
+        FGSM(epsilon=0.2)(model, x, y)
+    np.testing.assert_array_equal(*got)
+    assert np.abs(got[0] - x).max() > 0.01
+
+
 def test_a_function_of_one_s_own_gets_labels_as_in_keras():
     model = keras.Sequential([keras.Input((4,)), layers.Dense(1)])
     model.set_weights([np.float32([[1], [-2], [0.5], [0.25]]), np.float32([0.1])])

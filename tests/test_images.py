@@ -114,6 +114,27 @@ def test_only_bytes_that_form_images_become_floats():
         assert got[name] is features[name]
 
 
+def test_masks_that_are_labels_too_stay_bytes():
+    seen = set()
+
+    class Base(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(3)
+
+        def call(self, inputs, training=False):
+            seen.add((inputs["x"].dtype, inputs["label"].dtype, training))
+            return self.dense(layers.Flatten()(inputs["x"]))
+
+    x = {"x": IMAGES, "label": np.zeros((12, 4, 4), "uint8")}
+    model = AdversarialRegularization(Base(), base_with_labels_in_features=True)
+    model.compile("sgd", lambda y, y_pred: keras.ops.mean(y_pred**2, -1))
+    model.fit(x, verbose=0)
+    model.evaluate(x, verbose=0)
+    assert {label for _, label, _ in seen} == {tf.uint8}
+    assert (tf.float32, tf.uint8, True) in seen
+
+
 def test_images_beside_other_features():
     image, flags = keras.Input((4, 4, 1), dtype="uint8"), keras.Input((2,))
     ids = keras.Input((2, 2), dtype="uint8")

@@ -325,6 +325,35 @@ def record(base, monkeypatch):
     return received
 
 
+@pytest.mark.parametrize(
+    ("loss", "same"),
+    [
+        ("crossentropy", "sparse_categorical_crossentropy"),
+        ("CE", "sparse_categorical_crossentropy"),
+    ],
+)
+def test_the_cross_entropy_that_fits_the_labels_is_one_of_probabilities(loss, same):
+    logs = []
+    for name in (loss, same):
+        keras.utils.set_random_seed(0)
+        base = keras.Sequential([keras.Input((6,)), layers.Dense(3, "softmax")])
+        model = regularized(base, AdvRegConfig.trades(0.1, iterations=1), name)
+        logs.append(model.train_on_batch(X, Y))
+    assert logs[0] == logs[1]
+
+
+def test_an_output_without_a_loss_weight_has_weight_one():
+    logs = []
+    for weights in ([2.0, None], [2.0, 1.0]):
+        keras.utils.set_random_seed(0)
+        base = named_heads(dictionary=False)
+        config = AdvRegConfig.trades(0.1, iterations=1)
+        losses = [from_logits(), from_logits()]
+        model = regularized(base, config, losses, loss_weights=weights)
+        logs.append(model.train_on_batch(X, [Y, Y % 2]))
+    assert logs[0] == logs[1]
+
+
 @pytest.mark.parametrize("loss_weights", [None, [1.0, 0.25]])
 @pytest.mark.parametrize("by", ["place", "name", "key"])
 def test_the_divergence_of_several_outputs_is_their_sum(by, loss_weights, monkeypatch):

@@ -222,6 +222,44 @@ def test_perturbations_know_no_batch_size_and_no_scale():
         np.testing.assert_allclose(scaled, together, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("labels", "loss"),
+    [
+        ({"first": Y, "second": rows(12, 2)}, {"first": 0, "second": 1}),
+        ([Y, rows(12, 2)], [0, 1]),
+        ({"first": Y, "second": rows(12, 2)}, [0, 1]),
+    ],
+)
+def test_labels_by_name_need_no_training_before(labels, loss):
+    inputs = keras.Input((6,))
+    heads = [
+        layers.Dense(units, name=name)(inputs)
+        for units, name in ((3, "first"), (2, "second"))
+    ]
+    model = regularized(
+        keras.Model(inputs, heads),
+        loss=keras.tree.map_structure(lambda i: (cross_entropy(), "mse")[i], loss),
+    )
+    before = model.perturb_on_batch(X, labels)
+    assert np.abs(before - X).max() > 1e-4
+    assert all(metric.count.numpy() == 0 for metric in model._compile_loss.metrics)
+    model.evaluate(X, labels, verbose=0)
+    np.testing.assert_array_equal(model.perturb_on_batch(X, labels), before)
+
+
+def test_the_scale_of_the_loss_is_that_of_the_moment():
+    scale = 2.0**120
+    optimizer = keras.optimizers.LossScaleOptimizer(
+        keras.optimizers.SGD(0.0), initial_scale=scale
+    )
+    # Scaled like this, the gradient is infinite, and infinite gradients move nothing.
+    model = regularized(classifier(), optimizer=optimizer, loss_weights=[2.0**20])
+    np.testing.assert_array_equal(model.perturb_on_batch(X, Y), X)
+    optimizer.build(model.trainable_variables)
+    optimizer.dynamic_scale.assign(1.0)
+    assert np.abs(model.perturb_on_batch(X, Y) - X).max() > 1e-4
+
+
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("iterations", [1, 3])
 def test_perturbations_know_no_scale_of_the_loss(norm, iterations):

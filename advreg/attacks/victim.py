@@ -20,7 +20,7 @@ from advreg.geometry import Tensor
 from advreg.images import as_floats, float_twin
 from advreg.packing import Features, describe
 from advreg.perturbation import to_tensor
-from advreg.scores import logits_of, loss_name, takes_logits, widen
+from advreg.scores import get_loss, logits_of, loss_name, takes_logits, widen
 
 _CACHE = "_advreg_compiled"
 _OF_VALUES = (
@@ -133,12 +133,12 @@ class Victim:
                 "`x` and `y` must have the same number of examples. Received: "
                 f"{' and '.join(map(str, counts))}"
             )
-        return as_floats(x), y
+        return as_floats(x, self.form.fixed_keys), y
 
     def outputs(self, features: Features) -> Tensor:
         """Runs the network in inference mode. It must have one output."""
         if self._twin is None:
-            self._twin = float_twin(self.base)
+            self._twin = float_twin(self.base, self.form.fixed_keys)
         fixed, count = self.fixed_batch, None
         if fixed is not None:  # The rows beyond the last one are copies of it.
             count = tf.shape(tree.flatten(features)[0])[0]
@@ -232,7 +232,6 @@ class Victim:
             ValueError: The labels are none for it, or it gives no value for each.
         """
         losses = [loss for loss in tree.flatten(self.model.loss) if loss is not None]
-        loss = keras.losses.get(losses[0])
         labels = tree.flatten(y)
         if len(labels) != 1:
             raise ValueError(
@@ -240,6 +239,7 @@ class Victim:
             )
         # As Keras does: labels in the type of the outputs, and for functions the rank.
         outputs, target = widen(outputs), labels[0]
+        loss = get_loss(losses[0], target, outputs)
         if target.dtype.is_floating or target.dtype.is_integer or target.dtype.is_bool:
             target = tf.cast(target, outputs.dtype)
         if isinstance(loss, keras.losses.Loss):
