@@ -85,10 +85,10 @@ class PerturbOnBatch:
 
         if model.run_eagerly:
             return function
-        # The tuple keeps what it was compiled for alive, so that `is` stays safe.
-        wanted = (model._compile_loss, model.optimizer, model.jit_compile)
         # Before it is built, an optimizer that scales losses scales by a constant.
-        wanted += (getattr(model.optimizer, "built", None),)
+        built = getattr(model.optimizer, "built", None)
+        # The tuple keeps what it was compiled for alive, so that `is` stays safe.
+        wanted = (model._compile_loss, model.optimizer, built, model.jit_compile)
         known = self._compiled_for
         if not known or any(a is not b for a, b in zip(wanted, known, strict=True)):
             self._compiled_for = wanted

@@ -309,7 +309,7 @@ def test_every_option_of_evaluate_arrives(model_file, tmp_path, monkeypatch):
         calls.append((x, y, kwargs))
         return evaluate_robustness(model, x, y, **{**kwargs, "verbose": 0})
 
-    monkeypatch.setattr(cli, "evaluate_robustness", run)
+    monkeypatch.setattr(cli.evaluate, "evaluate_robustness", run)
     options = "--attacks pgd noise --epsilons 2 4 --norm l2 --iterations 3 --restarts 2"
     rest = "--pixel-range 0 255 --examples 20 --batch-size 8 --from-logits --seed 5"
     assert evaluate(model_file, *options.split(), *rest.split()) == 0
@@ -474,7 +474,7 @@ def opened(monkeypatch):
 
     monkeypatch.setattr(explorer, "check_installed", lambda: None)
     monkeypatch.setattr(explorer, "serve", serve)
-    monkeypatch.setattr(cli, "_wait_for_the_end", lambda: None)
+    monkeypatch.setattr(cli.explore, "_wait_for_the_end", lambda: None)
     return pages
 
 
@@ -586,7 +586,7 @@ def test_explore_waits_for_a_signal(capsys):
     before = signal.getsignal(signal.SIGTERM)
     timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM))
     timer.start()
-    cli._wait_for_the_end()
+    cli.explore._wait_for_the_end()
     assert signal.getsignal(signal.SIGTERM) == before
     timer.join()
 
@@ -686,7 +686,7 @@ def test_migrate_refuses_other_files(name, message, tmp_path, capsys):
 def test_output_that_is_no_longer_read(arguments, tmp_path, monkeypatch, capsys):
     pytest.importorskip("libcst")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "_load", lambda path: print("x" * 100_000))
+    monkeypatch.setattr(cli.evaluate, "load", lambda path: print("x" * 100_000))
     (tmp_path / "old.py").write_text(f"import {NSL}\n" * 2_000)  # More than a buffer.
     reader, writer = os.pipe()
     os.close(reader)
