@@ -153,7 +153,10 @@ class AdvNeighborConfig(_Config):
             own, such as 0.1 in the infinity norm for pixels in [0, 1].
         adv_grad_norm: The norm of the step and of the ball, taken jointly over all
             perturbed features of an example: `"l1"`, `"l2"` or `"infinity"` (also
-            `"linf"`, `"inf"`, `1`, `2`, `np.inf`, a `NormType`).
+            `"linf"`, `"inf"`, `1`, `2`, `np.inf`, a `NormType`). A step in L1 goes to
+            the largest component of the gradient alone, also where the range keeps that
+            one from moving, as in Neural Structured Learning; those of
+            `advreg.attacks` go to the next one then.
         clip_value_min: Smallest value of a perturbed feature. It wins over the ball.
         clip_value_max: Largest value of a perturbed feature.
         pgd_iterations: Number of steps, at least 1; or 0 with `random_init`, for a
