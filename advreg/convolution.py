@@ -157,10 +157,11 @@ def input_gradient(
         tf.reshape(upstream, [-1, filters]),
         transpose_b=True,
     )
-    sent = tf.reshape(sent, [high, wide, batch, rows, columns])
+    # Slices of one axis, the first, are no copies.
+    sent = tf.reshape(sent, [high * wide, batch, rows, columns])
     whole = tf.add_n(
         [
-            tf.pad(sent[i, j], [[0, 0], [i, high - 1 - i], [j, wide - 1 - j]])
+            tf.pad(sent[i * wide + j], [[0, 0], [i, high - 1 - i], [j, wide - 1 - j]])
             for i in range(high)
             for j in range(wide)
         ]

@@ -15,7 +15,7 @@ from advreg import (
     convolution,
     make_adv_reg_config,
 )
-from advreg import passes as passes_module
+from advreg import model as model_module
 from advreg.attacks import BIM
 from advreg.attacks import victim as victim_module
 from advreg.attacks.victim import Victim
@@ -418,7 +418,7 @@ def test_training_ends_with_the_same_weights(
     got = weights_after_training(config, run_eagerly=run_eagerly)
     assert calls
     monkeypatch.setattr(
-        passes_module, "cheap_input_gradients", lambda model: tf.name_scope("plain")
+        model_module, "cheap_input_gradients", lambda model: tf.name_scope("plain")
     )
     del calls[:]
     assert_close(got, weights_after_training(config, run_eagerly=run_eagerly))
