@@ -61,14 +61,16 @@ class AdversarialRegularization(keras.Model):
     The wrapper is a `keras.Model`: `compile` and `fit` it like any other. Training
     minimises
 
-        labelled loss + multiplier * labelled loss at perturbed inputs
+        clean_weight * labelled loss + multiplier * objective
             + the losses that the base model adds itself, once
 
-    ([Goodfellow et al., 2014](https://arxiv.org/abs/1412.6572)), the perturbation
-    being what `adv_config` says. `fit` logs `loss` (the total), `labeled_loss`,
-    `scaled_adversarial_loss` and the compiled metrics on clean predictions. `predict`
-    and `evaluate` are the base model's: clean, one forward pass. The trained network
-    is `base_model`.
+    The objective is, unless `adv_config` says otherwise, the labelled loss at perturbed
+    inputs ([Goodfellow et al., 2014](https://arxiv.org/abs/1412.6572)). `fit` logs
+    `loss` (the total), `labeled_loss`, `scaled_adversarial_loss` and the compiled
+    metrics on clean predictions. With `clean_weight=0.0` and an objective that needs no
+    clean pass there is no `labeled_loss`, and metrics are of perturbed predictions,
+    under names that begin with `adversarial_`. `predict` and `evaluate` are the base
+    model's: clean, one forward pass. The trained network is `base_model`.
 
     Labels come as `y`, as for any Keras model. Where there is no `y`, and `x` is a
     dictionary that holds the `label_keys`, they come from there. A key is a feature,
