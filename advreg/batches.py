@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -17,7 +18,9 @@ from advreg.packing import Features, describe
 class BatchForm:
     """Takes batches apart, and gives the base model its inputs.
 
-    Args: as those of `AdversarialRegularization`.
+    Args: as those of `AdversarialRegularization`, and
+        strict: Whether labels find outputs by their names, and weights must not be
+            missing. Neural Structured Learning goes by their places, and does without.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -28,6 +31,7 @@ class BatchForm:
     label_keys: Sequence[str]
     sample_weight_key: str | None
     base_with_labels_in_features: bool
+    strict: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.label_keys, (list, tuple)) or not all(
@@ -69,8 +73,7 @@ class BatchForm:
             Features, and labels and weights or `None` where there are none.
 
         Raises:
-            ValueError: Sample weights come twice, or labels under several keys do not
-                tell to which output they belong.
+            ValueError: Sample weights come twice.
         """
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         if not isinstance(x, Mapping):
@@ -104,9 +107,27 @@ class BatchForm:
         )
         if single and len(features) == 1 and not isinstance(declared, Mapping):
             return next(iter(features.values()))
-        if isinstance(declared, Mapping) and set(declared) < set(features):
-            return {key: features[key] for key in declared}
+        if isinstance(declared, Mapping) and set(declared) <= set(features):
+            # Keras pairs them by their places: ordered dictionaries keep another order.
+            kind = OrderedDict if isinstance(declared, OrderedDict) else dict
+            return kind((key, features[key]) for key in declared)
         return features
+
+    def check_labels(self, data: Any) -> None:
+        """Checks that labels under several keys tell to which outputs they belong.
+
+        Raises:
+            ValueError: They do not.
+        """
+        x, y, _ = keras.utils.unpack_x_y_sample_weight(data)
+        named = self._named_outputs()
+        several = isinstance(x, Mapping) and y is None and len(self.label_keys) > 1
+        if several and named and not set(self.label_keys) <= named:
+            raise ValueError(
+                "Several `label_keys` must be keys of the base model's outputs, where "
+                f"those are a dictionary. Received: {self.label_keys} for the outputs "
+                f"{sorted(named)}"
+            )
 
     def check_weights(self, data: Any) -> None:
         """Checks that a batch for training has the weights that it is to have.
@@ -116,7 +137,9 @@ class BatchForm:
         """
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         key = self.sample_weight_key
-        if key is None or y is not None or sample_weight is not None or key in x:
+        if not self.strict or key is None:
+            return
+        if y is not None or sample_weight is not None or key in x:
             return
         raise ValueError(
             f"Sample weights are missing: a dictionary `x` with labels must hold the "
@@ -173,6 +196,7 @@ class BatchForm:
         x, y, sample_weight = self.unpack(data)
         if y is None:
             self.raise_missing_labels(data)
+        self.check_weights(data)
         return (x, y) if sample_weight is None else (x, y, sample_weight)
 
     def _declared_names(self) -> set[str]:
@@ -183,6 +207,11 @@ class BatchForm:
         if declared is None and isinstance(self.base_model, keras.Sequential):
             declared = self.base_model.inputs if self.base_model.built else None
         return {tensor.name for tensor in tree.flatten(declared) if tensor is not None}
+
+    def _named_outputs(self) -> set[str]:
+        """The keys of a dictionary of outputs, if the base model declares one."""
+        declared = getattr(self.base_model, "_outputs_struct", None)
+        return set(declared) if self.strict and isinstance(declared, Mapping) else set()
 
     def _take_labels(self, x: Features, inputs: set[str]) -> tuple[Any, Features]:
         """Splits a dictionary into labels, `None` if some are missing, and features."""
@@ -195,17 +224,9 @@ class BatchForm:
             return None, features
         if len(keys) == 1:
             return x[keys[0]], features
-        outputs = getattr(self.base_model, "_outputs_struct", None)
-        if not isinstance(outputs, Mapping):
-            return [x[key] for key in keys], features
-        # In which order a list would belong to them nothing says.
-        if set(outputs) != set(keys):
-            raise ValueError(
-                "Several `label_keys` must be the keys of the base model's outputs, "
-                f"where those are a dictionary. Received: {self.label_keys} for the "
-                f"outputs {sorted(outputs)}"
-            )
-        return {key: x[key] for key in keys}, features
+        if set(keys) <= self._named_outputs():
+            return {key: x[key] for key in keys}, features
+        return [x[key] for key in keys], features
 
 
 def _without(x: Mapping, keys: list) -> dict:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -22,14 +22,13 @@ def as_floats(features: Features, fixed: Sequence[str] = ()) -> Features:
         features: A tensor, or a structure of tensors.
         fixed: Keys of a dictionary of features that stay as they are.
     """
-    if fixed and isinstance(features, Mapping):
-        return {
-            key: value if key in fixed else as_floats(value)
-            for key, value in features.items()
-        }
-    return tree.map_structure(
-        lambda leaf: tf.cast(leaf, "float32") if _is_image(leaf) else leaf, features
-    )
+    leaves = [
+        tf.cast(leaf, "float32")
+        if _is_image(leaf) and not (path and path[0] in fixed)
+        else leaf
+        for path, leaf in tree.flatten_with_path(features)
+    ]
+    return tree.pack_sequence_as(features, leaves)
 
 
 def float_twin(model: keras.Model, fixed: Sequence[str] = ()) -> keras.Model:

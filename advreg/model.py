@@ -91,11 +91,12 @@ class AdversarialRegularization(keras.Model):
             `AdvRegConfig()`.
         label_keys: Keys of the labels in dictionary inputs. Several keys give a list
             of labels in that order; if the base model declares a dictionary of outputs,
-            they must be its keys.
-        sample_weight_key: Key of the sample weights in dictionary inputs. Where `y` is
-            given and the base model declares no inputs, it is a feature. `predict`,
-            which has no `y`, takes such a key away: pass `label_keys=()` for a base
-            model that declares no inputs, and has one of that name.
+            they must be keys of it. `predict`, which has no `y`, takes them away: pass
+            `()` for a base model that declares no inputs and has a feature of such a
+            name.
+        sample_weight_key: Key of the sample weights in dictionary inputs, which must be
+            there in training. Where `y` is given and the base model declares no inputs,
+            it is a feature.
         base_with_labels_in_features: Whether the base model is to receive labels that
             come in a dictionary as inputs too. They are not perturbed.
         **kwargs: `name`, `dtype` and `trainable` of the model. `dtype` is by default
@@ -114,6 +115,9 @@ class AdversarialRegularization(keras.Model):
     >>> model.fit(x, y, epochs=5)
     >>> model.base_model.save("robust.keras")
     """
+
+    # Whether labels and weights in dictionaries are checked, see `BatchForm`.
+    _strict = True
 
     def __init__(
         self,
@@ -135,7 +139,11 @@ class AdversarialRegularization(keras.Model):
         self.base_model = base_model
         self.adv_config = check_adv_config(adv_config)
         self._form = BatchForm(
-            base_model, label_keys, sample_weight_key, base_with_labels_in_features
+            base_model,
+            label_keys,
+            sample_weight_key,
+            base_with_labels_in_features,
+            strict=self._strict,
         )
         self._labeled_loss_tracker = keras.metrics.Mean(name="labeled_loss")
         self._adversarial_loss_tracker = keras.metrics.Mean(
@@ -621,6 +629,7 @@ class AdversarialRegularization(keras.Model):
         x, y, sample_weight = self._form.unpack(data)
         if y is None:
             self._form.raise_missing_labels(data)
+        self._form.check_labels(data)
         return x, y, sample_weight
 
     def _total_loss(

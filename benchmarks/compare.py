@@ -183,6 +183,7 @@ def compare(sides, wanted):
             result, failed = measure(sides, work, names)
         except WorkerError as error:
             result, failed = None, [f"{work.name}: {error}"]
+            sides.keep(())  # One of them may be dead.
         if result is not None:
             print(f"{table_of(result)}\n", flush=True)
         yield result, failed
@@ -198,6 +199,7 @@ def draw(sides, wanted):
             result, failed = measure_curve(sides, curve), []
         except WorkerError as error:
             result, failed = None, [f"{curve.name}: {error}"]
+            sides.keep(())
         if result is not None:
             print_curve(result)
         yield result, failed

@@ -143,10 +143,10 @@ def small_together(columns, step):
         return max(values) - min(values)
 
     shown = {kind for kind in kinds if spread(kind) > SMALL * step}
-    order = sorted(shown, key=lambda kind: -columns["advreg"].get(kind, 0.0))
+    names = sorted(shown, key=lambda kind: -columns["advreg"].get(kind, 0.0))
     return {
         name: {
-            **{kind: column.get(kind, 0.0) for kind in order},
+            **{kind: column.get(kind, 0.0) for kind in names},
             "others": sum(v for kind, v in column.items() if kind not in shown),
         }
         for name, column in columns.items()

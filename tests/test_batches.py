@@ -18,7 +18,7 @@ from models import (
 )
 from oracle import norms
 
-from advreg import AdversarialRegularization, make_adv_reg_config
+from advreg import AdversarialRegularization, make_adv_reg_config, nsl
 
 SIZE, STEPS = 5, 3  # Of 12 examples, so that the last batch is a small one.
 
@@ -290,12 +290,28 @@ def test_several_label_keys_find_outputs_of_their_names():
 
 
 def test_several_label_keys_must_tell_their_outputs():
-    model = AdversarialRegularization(
-        named_outputs("left", "right"), label_keys=["a", "b"]
-    )
+    x = {"x": X, "a": Y, "b": Y}
+    for method in ("evaluate", "fit"):
+        model = AdversarialRegularization(
+            named_outputs("left", "right"), label_keys=["a", "b"]
+        )
+        model.compile("sgd", {name: cross_entropy() for name in ("left", "right")})
+        with pytest.raises(ValueError, match=r"\('a', 'b'\) .* \['left', 'right'\]"):
+            getattr(model, method)(x, verbose=0)
+    assert set(model.predict(x, verbose=0)) == {"left", "right"}
+    # As with NSL they go by their places, in the order of the alphabet.
+    old = nsl.keras.AdversarialRegularization(model.base_model, ["a", "b"])
+    old.compile("sgd", [cross_entropy(), cross_entropy()])
+    old.fit(x, verbose=0)
+
+
+def test_outputs_may_be_without_labels():
+    base = named_outputs("left", "right", "embedding")
+    base.get_layer("of_embedding").trainable = False
+    model = AdversarialRegularization(base, label_keys=["right", "left"])
     model.compile("sgd", {name: cross_entropy() for name in ("left", "right")})
-    with pytest.raises(ValueError, match=r"\('a', 'b'\) for .* \['left', 'right'\]"):
-        model.fit({"x": X, "a": Y, "b": Y}, verbose=0)
+    model.fit({"x": X, "left": Y, "right": Y}, verbose=0)
+    assert not np.allclose(model.perturb_on_batch(X, {"left": Y, "right": Y}), X)
 
 
 def test_keys_that_the_base_declares_are_features():
@@ -419,6 +435,11 @@ def test_sample_weights_that_are_to_come_do():
     model.fit({**x, "weight": np.ones(12)}, validation_data=(x,), verbose=0)
     with pytest.raises(ValueError, match=r"'weight'.*\['x', 'label', 'weights'\]"):
         model.fit({**x, "weights": np.ones(12)}, verbose=0)
+    with pytest.raises(ValueError, match="'weight'"):
+        model.fit(x, class_weight={0: 2.0}, verbose=0)
+    old = nsl.keras.AdversarialRegularization(classifier(), ["label"], "weight")
+    old.compile("sgd", cross_entropy())
+    old.fit(x, verbose=0)  # NSL does without.
     model.train_on_batch(x, sample_weight=np.ones(12))
     assert model.evaluate(x, verbose=0) > 0
     assert model.perturb_on_batch(x)["x"].shape == X.shape

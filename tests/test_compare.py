@@ -87,6 +87,8 @@ class FakeModule:
 
         def turn():
             self.done.append("ready")
+            if self.shift is None:
+                return lambda count: x[: count - 1]
             return lambda count: x[:count] + np.float32(self.shift)
 
         return Task(turn, lambda x: np.stack([-x.sum(1), x.sum(1)], 1))
@@ -129,7 +131,7 @@ def test_a_worker_does_its_jobs(side):
     [
         (0.21, "perturbed by 0.21"),  # Of a radius of 0.2.
         (float("nan"), "perturbed by nan"),
-        ([[0.0, 0.0]] * 2, "could not be broadcast"),
+        (None, "came back"),
     ],
 )
 def test_a_worker_checks_what_attacks_return(side, shift, told):
@@ -144,9 +146,11 @@ def test_examples_may_move_within_the_ball_and_the_range(side, count, shift):
     job = Job(**{**side[1], "epsilon": 0.25})
     x, _ = job.data(count)
     compare_worker.check_perturbed(job, x + np.float32(shift), count)
-    outside = np.where(x == x.max(), np.float32(1.001), x)
-    with pytest.raises(ValueError, match="perturbed by"):
-        compare_worker.check_perturbed(job, outside, count)
+    large = Job(**{**side[1], "epsilon": 9.0})
+    for value in (1.001, -0.001):
+        outside = np.where(x == x.max(), np.float32(value), x)
+        with pytest.raises(ValueError, match="into"):
+            compare_worker.check_perturbed(large, outside, count)
     with pytest.raises(ValueError, match="came back"):
         compare_worker.check_perturbed(job, x[1:], count)
 

@@ -1,3 +1,5 @@
+import collections
+
 import keras
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from models import classifier, cross_entropy, regularized
 from oracle import steepest
 
 from advreg import AdversarialRegularization, make_adv_reg_config
+from advreg.attacks.victim import Victim
 from advreg.images import as_floats, float_twin
 
 RNG = np.random.default_rng(0)
@@ -133,6 +136,37 @@ def test_masks_that_are_labels_too_stay_bytes():
     model.evaluate(x, verbose=0)
     assert {label for _, label, _ in seen} == {tf.uint8}
     assert (tf.float32, tf.uint8, True) in seen
+
+
+def test_masks_among_declared_inputs_stay_bytes():
+    inputs = {
+        name: keras.Input((4, 4, 1), dtype="uint8", name=name)
+        for name in ("x", "label")
+    }
+    seen = []
+    flat = layers.Flatten()(layers.Rescaling(1 / 255)(inputs["x"]))
+
+    class Noting(layers.Layer):
+        def call(self, x):
+            seen.append(keras.backend.standardize_dtype(x.dtype))
+            return x
+
+    mask = layers.Flatten()(layers.Rescaling(0.1)(Noting()(inputs["label"])))
+    base = keras.Model(inputs, layers.Dense(3)(layers.Concatenate()([flat, mask])))
+    model = AdversarialRegularization(
+        base, make_adv_reg_config(adv_step_size=9.0), base_with_labels_in_features=True
+    )
+    model.compile("sgd", lambda y, y_pred: keras.ops.mean(y_pred**2, -1))
+    # In another order than that of the alphabet.
+    x = collections.OrderedDict(x=IMAGES, label=IMAGES[::-1] // 99)
+    del seen[:]
+    model.fit(dict(x), verbose=0)
+    x_adv = model.perturb_on_batch(x)
+    assert set(seen) == {"uint8"}
+    assert (x_adv["x"] != IMAGES).any()
+    np.testing.assert_array_equal(x_adv["label"], x["label"])
+    features, _ = Victim(model, None).unpack((dict(x), None))
+    assert (features["x"].dtype, features["label"].dtype) == (tf.float32, tf.uint8)
 
 
 def test_images_beside_other_features():

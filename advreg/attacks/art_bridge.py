@@ -1,6 +1,6 @@
 """What ART is handed: a Keras 3 model in the form of its classifiers, and mended code.
 
-ART is imported here alone, when it is first needed.
+ART is imported when it is first needed.
 """
 
 from __future__ import annotations

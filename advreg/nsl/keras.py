@@ -75,6 +75,8 @@ class AdversarialRegularization(model.AdversarialRegularization):
     >>> model.fit({"image": x, "label": y}, epochs=5)
     """
 
+    _strict = False
+
     def __init__(
         self,
         base_model: keras.Model,

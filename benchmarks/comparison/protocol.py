@@ -44,6 +44,7 @@ class Worker:
                 or took too long.
         """
         timer = threading.Timer(self.patience, self.process.kill)
+        timer.daemon = True  # Nobody waits for it who interrupts all this.
         timer.start()
         try:
             print(
@@ -52,8 +53,9 @@ class Worker:
             line = self.process.stdout.readline()
         except BrokenPipeError:
             line = ""
-        late = not timer.is_alive()
-        timer.cancel()
+        finally:
+            late = not timer.is_alive()
+            timer.cancel()
         if late:
             raise WorkerError(f"no answer to {do!r} within {self.patience} s")
         try:
