@@ -244,7 +244,6 @@ class CatastrophicOverfitting(_AtEpochEnd):
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Forgets another training."""
-        check_outside_of_scope(f"`fit` with a `{type(self).__name__}`")
         super().on_train_begin(logs)
         self._open = False
         self._best, self._best_epoch, self._best_weights = -1.0, 0, None

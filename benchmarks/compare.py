@@ -74,10 +74,12 @@ def targets_table(results, full_size):
         yield {**dataclasses.asdict(target), "measured": ratio, "met": told}
 
 
-def chosen(settings):
-    """The works that the options ask for."""
+def all_there_is(settings):
+    """The works, or the curves."""
+    if settings.curves:
+        return curves()
     batches = settings.batch
-    every = [
+    return [
         *works.training_steps(batches),
         *works.evaluations(batches, settings.evaluated),
         *works.predictions(batches, settings.evaluated),
@@ -85,26 +87,19 @@ def chosen(settings):
         *works.memory(batches),
         *works.attacks(settings.images, settings.hard_images),
     ]
-    return [work for work in every if is_chosen(work.name, settings.only)]
 
 
-def is_chosen(name, only):
-    """Whether a name begins as one of some, or there are none."""
-    return not only or any(name.startswith(start) for start in only)
-
-
-def check_only(settings):
-    """Ends with a message unless each `--only` begins a name."""
-    if settings.curves:
-        names = [curve.name for curve in curves()]
-    else:
-        names = [work.name for work in chosen(settings)]
+def chosen(settings):
+    """The works, or curves, that the options ask for."""
+    every = all_there_is(settings)
     for start in settings.only or ():
-        if not any(name.startswith(start) for name in names):
+        if not any(item.name.startswith(start) for item in every):
             sys.exit(
                 "`--only` must be how names begin that `--list` prints. "
                 f"Received: {start}"
             )
+    starts = tuple(settings.only or [""])
+    return [item for item in every if item.name.startswith(starts)]
 
 
 def parse(arguments=None):
@@ -264,11 +259,7 @@ def main():
     # Whoever ends this ends the workers too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("Terminated"))
     settings = parse()
-    check_only(settings)
-    if settings.curves:
-        wanted = [c for c in curves() if is_chosen(c.name, settings.only)]
-    else:
-        wanted = chosen(settings)
+    wanted = chosen(settings)
     if settings.list:
         print(*(item.name for item in wanted), sep="\n")
         return

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from comparison import curves, measuring, printing, ratios, works
 from comparison.protocol import Worker, WorkerError
-from peers import keras_networks, materials
+from peers import advreg as advreg_side
+from peers import advreg_all_steps, keras_networks, materials
 from peers.job import Job, Task
 
 from advreg.demo import mnist_network
@@ -284,13 +285,15 @@ def test_each_beginning_must_be_one_of_a_name(options):
     settings = compare.parse(["--only", *options])
     if options == ["step", "stpe"]:
         with pytest.raises(SystemExit, match="Received: stpe"):
-            compare.check_only(settings)
+            compare.chosen(settings)
     else:
-        compare.check_only(settings)
+        chosen = compare.chosen(settings)
+        assert chosen
+        assert all(item.name.startswith(options[0]) for item in chosen)
     if options == ["step"]:
         settings.curves = True
         with pytest.raises(SystemExit, match="Received: step"):
-            compare.check_only(settings)
+            compare.chosen(settings)
 
 
 @pytest.mark.parametrize(
@@ -449,6 +452,23 @@ def test_files_carry_a_network(tmp_path):
     np.testing.assert_allclose(model(x), job.logits()[:3], atol=1e-6)
     with pytest.raises(ValueError, match="Received: 5"):
         job.data(5)
+
+
+def test_advreg_attacks_with_its_early_stop_and_without(tmp_path):
+    path = tmp_path / "file.npz"
+    materials.make(str(path), "mlp", examples=64)
+    fields = {"epsilon": 0.1, "step_size": 0.05, "iterations": 3, "batch": 32}
+    job = Job("attack", "mlp", str(path), attack="pgd", examples=64, **fields)
+    stopped, went_on = (
+        side.attack(job).turn()(64) for side in (advreg_side, advreg_all_steps)
+    )
+    x, _ = job.data(64)
+    for x_adv in (stopped, went_on):
+        compare_worker.check_perturbed(job, x_adv, 64)
+    # Of random labels most are missed at the random start: there an early stop leaves
+    # them, somewhere in the ball, and steps lead on to its surface.
+    lengths = [np.abs(x_adv - x).mean(axis=1) for x_adv in (stopped, went_on)]
+    assert (lengths[1] > 1.2 * lengths[0]).mean() > 0.5
 
 
 def test_digits_are_enlarged():

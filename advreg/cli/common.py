@@ -1,4 +1,4 @@
-"""What sub-commands share: models, and messages in the words of the command line."""
+"""What sub-commands share: options, models, and messages in their words."""
 
 from __future__ import annotations
 
@@ -23,6 +23,27 @@ _WORDS = {
     "x": "The images",
     "y": "The labels of the dataset",
 }
+
+
+def add_pixel_range(parser: argparse.ArgumentParser, whose: str) -> None:
+    """Adds the option that says what black and white are."""
+    parser.add_argument(
+        "--pixel-range",
+        nargs=2,
+        type=float,
+        metavar=("LOW", "HIGH"),
+        default=(0.0, 1.0),
+        help=f"what black and white are in {whose} input (default: 0 1)",
+    )
+
+
+def add_from_logits(parser: argparse.ArgumentParser, whose: str) -> None:
+    """Adds the option that says what outputs are."""
+    parser.add_argument(
+        "--from-logits",
+        action=argparse.BooleanOptionalAction,
+        help=f"whether {whose} outputs are logits (default: told by their values)",
+    )
 
 
 def told(

@@ -13,7 +13,14 @@ import numpy as np
 from advreg import attacks, datasets, plots
 from advreg.attacks.base import check_norm
 from advreg.checks import count
-from advreg.cli.common import as_options, check_pixel_range, load, told
+from advreg.cli.common import (
+    add_from_logits,
+    add_pixel_range,
+    as_options,
+    check_pixel_range,
+    load,
+    told,
+)
 from advreg.demo import recipe_for
 from advreg.evaluation import evaluate_robustness
 
@@ -80,14 +87,7 @@ def add(commands: Any) -> None:
         metavar="N",
         help="random starts of pgd, apgd and others that have them",
     )
-    parser.add_argument(
-        "--pixel-range",
-        nargs=2,
-        type=float,
-        metavar=("LOW", "HIGH"),
-        default=(0.0, 1.0),
-        help="what black and white are in the model's input (default: 0 1)",
-    )
+    add_pixel_range(parser, "the model's")
     parser.add_argument(
         "--examples",
         type=int,
@@ -101,11 +101,7 @@ def add(commands: Any) -> None:
         default=250,
         help="images that go through the model at once (default: %(default)s)",
     )
-    parser.add_argument(
-        "--from-logits",
-        action=argparse.BooleanOptionalAction,
-        help="whether the model's outputs are logits (default: told by their values)",
-    )
+    add_from_logits(parser, "the model's")
     parser.add_argument(
         "--seed", type=int, metavar="N", default=0, help="seed of random starts"
     )

@@ -12,7 +12,14 @@ from typing import Any
 import keras
 
 from advreg import datasets, demo, explorer
-from advreg.cli.common import as_options, check_pixel_range, load, told
+from advreg.cli.common import (
+    add_from_logits,
+    add_pixel_range,
+    as_options,
+    check_pixel_range,
+    load,
+    told,
+)
 
 
 def add(commands: Any) -> None:
@@ -39,19 +46,8 @@ def add(commands: Any) -> None:
         "a dataset of TensorFlow Datasets that classifies images (default: pictures of "
         "scikit-learn's; without a model, digits)",
     )
-    parser.add_argument(
-        "--pixel-range",
-        nargs=2,
-        type=float,
-        metavar=("LOW", "HIGH"),
-        default=(0.0, 1.0),
-        help="what black and white are in the models' input (default: 0 1)",
-    )
-    parser.add_argument(
-        "--from-logits",
-        action=argparse.BooleanOptionalAction,
-        help="whether the models' outputs are logits (default: told by their values)",
-    )
+    add_pixel_range(parser, "the models'")
+    add_from_logits(parser, "the models'")
     parser.add_argument(
         "--host",
         default="127.0.0.1",

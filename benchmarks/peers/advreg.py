@@ -48,18 +48,19 @@ def first_step(job):
     )
 
 
-def attack(job, **options):
+def attack(job, early_stop=True):
     base, (x, y) = keras_networks.load(job), job.data(job.examples)
 
     def made():
         if job.attack == "autoattack":
-            return attacks.AutoAttack(job.epsilon, **RANGE, **options)
+            return attacks.AutoAttack(job.epsilon, **RANGE)
         steps = {"step_size": job.step_size, "iterations": job.iterations}
-        return attacks.PGD(job.epsilon, **steps, **RANGE, **options)
+        return attacks.PGD(job.epsilon, **steps, **RANGE)
 
     def turn():
         model = keras.models.clone_model(base)  # For which nothing is compiled yet.
         model.set_weights(base.get_weights())
-        return lambda count: made()(model, x[:count], y[:count], batch_size=job.batch)
+        options = {"batch_size": job.batch, "early_stop": early_stop}
+        return lambda count: made()(model, x[:count], y[:count], **options)
 
     return Task(turn, keras_tasks.logits_of(base))
