@@ -37,8 +37,8 @@ def data_of(result):
     data = result["data"]
     if "clean accuracy" in data:
         yield (
-            f"{result['counts']['advreg']} test images of {data['data']}; the network's "
-            f"accuracy on all test images is {data['clean accuracy']:.4f}."
+            f"{result['counts']['advreg']} test images of {data['data']}; the accuracy "
+            f"on all test images is {data['clean accuracy']:.4f}."
         )
 
 
