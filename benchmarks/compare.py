@@ -12,7 +12,9 @@ slows all of them. A ratio is that of advreg's median to the peer's; the quartil
 those of the ratios within the turns. All sides have as many threads, and on Linux the
 same cores.
 
-    python benchmarks/compare.py [--only step/mnist evaluate] [--json FILE]
+    python benchmarks/compare.py [--only step/mnist evaluate]
+    python benchmarks/compare.py --json FILE    # goes on where it was interrupted
+    python benchmarks/compare.py --json FILE --markdown  # also the tables of a page
     python benchmarks/compare.py --quick        # that everything runs
     python benchmarks/compare.py --curves       # cost against one quantity at a time
     python benchmarks/compare.py --list         # the names for --only
@@ -48,7 +50,6 @@ MNIST comes from TensorFlow Datasets, which `python -m pip install -e ".[demo]"`
 
 import argparse
 import dataclasses
-import json
 import os
 import pathlib
 import signal
@@ -57,18 +58,21 @@ import tempfile
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from comparison import works
+from comparison import kept, pages, works
 from comparison.curves import curves
-from comparison.machine import load, machine
+from comparison.machine import commit, load, machine
 from comparison.measuring import measure, measure_curve
 from comparison.printing import print_curve, print_targets, table_of
 from comparison.protocol import WorkerError
 from comparison.sides import Sides, prepare
 
+FULL = {"images": 2000, "hard_images": 200, "evaluated": 4096, "epochs": 5}
+QUICK = {"images": 100, "hard_images": 10, "evaluated": 512, "epochs": 1}
+
 
 def targets_table(results, full_size):
     """The targets, what was measured, and whether they are met, as JSON can hold it."""
-    by_name = {result["work"]: result for result in results}
+    by_name = {result["name"]: result for result in results}
     for target in works.TARGETS:
         ratio, told = works.verdict(target, by_name.get(target.work), full_size)
         yield {**dataclasses.asdict(target), "measured": ratio, "met": told}
@@ -109,7 +113,7 @@ def parse(arguments=None):
     parser.add_argument(
         "--sides", nargs="+", choices=works.SIDES, metavar="SIDE", help="some sides"
     )
-    parser.add_argument("--batch", type=positive, nargs="+", default=works.BATCHES)
+    parser.add_argument("--batch", type=positive, nargs="+", default=[*works.BATCHES])
     parser.add_argument("--turns", type=positive, help="turns of each work")
     parser.add_argument(
         "--images", type=positive, help="images for PGD-20 (default: 2000)"
@@ -127,16 +131,19 @@ def parse(arguments=None):
     parser.add_argument("--quick", action="store_true", help="small sizes, two turns")
     parser.add_argument("--curves", action="store_true", help="curves, not the table")
     parser.add_argument("--list", action="store_true", help="the names of the works")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
+    parser.add_argument(
+        "--json", type=pathlib.Path, metavar="FILE", help="keeps all, and goes on"
+    )
+    parser.add_argument(
+        "--markdown", action="store_true", help="all there is, as tables of a page"
+    )
     settings = parser.parse_args(arguments)
-    quick = {"images": 100, "hard_images": 10, "evaluated": 512, "epochs": 1}
-    full = {"images": 2000, "hard_images": 200, "evaluated": 4096, "epochs": 5}
-    for name, value in (quick if settings.quick else full).items():
+    for name, value in (QUICK if settings.quick else FULL).items():
         if getattr(settings, name) is None:
             setattr(settings, name, value)
     settings.full_size = settings.turns is None and all(
         getattr(settings, name) == value
-        for name, value in {**full, "threads": 2, "quick": False}.items()
+        for name, value in {**FULL, "threads": 2, "quick": False}.items()
     )
     if settings.quick and settings.turns is None:
         settings.turns = 2
@@ -200,13 +207,12 @@ def draw(sides, wanted):
         yield result, failed
 
 
-def run(settings, wanted, keep):
-    """Measures what is wanted.
+def run(settings, wanted):
+    """Measures what is wanted, and keeps all that is there after each of it.
 
     Args:
         settings: The options.
         wanted: Works, or curves.
-        keep: Function that is called with all that is there, after each of them.
 
     Returns:
         All that is there at the end, as JSON can hold it.
@@ -216,10 +222,12 @@ def run(settings, wanted, keep):
         needed |= {name for work in wanted for name in work.sides}
     if settings.sides:
         needed &= {*settings.sides, "advreg", "plain"}
+    found = kept.read(settings.json, beginning(settings))
     pythons, failures = prepare([name for name in works.SIDES if name in needed])
-    kind, measured = ("curves", draw) if settings.curves else ("works", compare)
-    found = {"machine": machine(settings.threads), kind: [], "failures": failures}
     tell(failures)
+    kind, measured = ("curves", draw) if settings.curves else ("works", compare)
+    before = {result["name"]: result for result in found[kind]}
+    wanted = [item for item in wanted if not kept.is_finished(item, before, pythons)]
     with (
         tempfile.TemporaryDirectory() as folder,
         Sides(pythons, pathlib.Path(folder), settings) as sides,
@@ -228,31 +236,27 @@ def run(settings, wanted, keep):
             tell(failed)
             failures += failed
             if result is not None:
-                found[kind].append(result)
-            found["versions"] = sides.versions
-            keep(found)
-    found["machine"]["load after"] = load()
-    if not settings.curves:
-        found["targets"] = list(targets_table(found["works"], settings.full_size))
-    keep(found)
+                before[result["name"]] = {**result, "commit": commit()}
+            found["versions"] |= sides.versions
+            found[kind] = list(before.values())
+            kept.write(settings.json, found)
+    found["failures"] = failures
+    found["targets"] = list(targets_table(found["works"], settings.full_size))
+    kept.write(settings.json, found)
     return found
+
+
+def beginning(settings):
+    """What a run begins with."""
+    names = ("batch", "turns", *FULL)
+    sizes = {name: getattr(settings, name) for name in names}
+    empty = {"versions": {}, "works": [], "curves": [], "failures": []}
+    return {"machine": machine(settings.threads), "sizes": sizes, **empty}
 
 
 def tell(failures):
     for failure in failures:
         print(f"Failed: {failure}", file=sys.stderr, flush=True)
-
-
-def kept_in(file):
-    """What keeps all that is there in a file, if there is one."""
-
-    def keep(found):
-        if file:
-            part = file.with_name(f"{file.name}.part")
-            part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-            part.replace(file)
-
-    return keep
 
 
 def main():
@@ -263,12 +267,15 @@ def main():
     if settings.list:
         print(*(item.name for item in wanted), sep="\n")
         return
-    found = run(settings, wanted, kept_in(settings.json))
+    busy = load()
+    found = run(settings, wanted)
     if not settings.curves:
         names = {work.name for work in wanted}
         print_targets([line for line in found["targets"] if line["work"] in names])
     told = [f"{name}: {value}" for name, value in found["machine"].items()]
-    print(f"\n{'; '.join(told)}")
+    print(f"\n{'; '.join(told)}; load before: {busy}; load after: {load()}")
+    if settings.markdown:
+        print(f"\n{pages.page(found)}")
     tell(found["failures"])
     sys.exit(1 if found["failures"] else 0)
 

@@ -13,7 +13,7 @@ import environments
 import keras
 import numpy as np
 import pytest
-from comparison import curves, measuring, printing, ratios, works
+from comparison import curves, kept, measuring, pages, printing, ratios, works
 from comparison.protocol import Worker, WorkerError
 from peers import advreg as advreg_side
 from peers import advreg_all_steps, keras_networks, materials
@@ -393,12 +393,37 @@ def test_works_and_curves_that_fail_are_told_and_the_others_go_on(capsys):
 
 def test_what_is_there_is_kept_whole(tmp_path):
     file = tmp_path / "found.json"
-    keep = compare.kept_in(file)
-    keep({"works": [1]})
+    kept.write(file, {"works": [1]})
     with pytest.raises(TypeError):
-        keep({"works": [object()]})
+        kept.write(file, {"works": [object()]})
     assert json.loads(file.read_text()) == {"works": [1]}
-    compare.kept_in(None)({})
+    kept.write(None, {})
+
+
+def test_a_run_goes_on_with_what_is_kept(tmp_path):
+    file = tmp_path / "found.json"
+    fresh = compare.beginning(compare.parse(["--quick"]))
+    assert kept.read(file, fresh) is fresh
+    assert kept.read(None, fresh) is fresh
+    kept.write(file, {**fresh, "works": [1]})
+    assert kept.read(file, fresh)["works"] == [1]
+    other = compare.beginning(compare.parse([]))
+    with pytest.raises(SystemExit, match=r"the same sizes, .*Received: .*found\.json"):
+        kept.read(file, other)
+    for text in ("{}", "[]", "nothing"):
+        file.write_text(text)
+        with pytest.raises(SystemExit, match=r"begun\. Received: .*found\.json"):
+            kept.read(file, fresh)
+
+
+def test_a_work_is_finished_when_all_have_done_it_that_can():
+    results = {"step": {"values": {"advreg": [1], "nsl": [2]}}, "width": {}}
+    (width, depth) = curves.curves()[2:]
+    assert kept.is_finished(width, results, ["advreg"])
+    assert not kept.is_finished(depth, results, ["advreg"])
+    assert kept.is_finished(work(), results, ["advreg", "nsl"])
+    assert not kept.is_finished(work(), results, ["advreg", "nsl", "plain"])
+    assert not kept.is_finished(work(name="other"), results, ["advreg"])
 
 
 def test_new_processes_are_measured_in_turns():
@@ -422,6 +447,51 @@ def test_new_processes_are_measured_in_turns():
     )
     assert set(result["values"]) == {"advreg", "plain"}
     assert failure == "step: nsl: it fails"
+
+
+def page_result(name, job, **changes):
+    values = {"advreg": [0.002, 0.002], "plain": [0.001, 0.001]}
+    ratios = {"plain": (1.9, 2.0, 2.1)}
+    fields = {"measure": "seconds", "values": values, "ratios": ratios, "accuracy": {}}
+    return {"name": name, "job": job, "commit": "1a2b", **fields, **changes}
+
+
+def test_a_page_has_a_line_for_each_work():
+    step = page_result("step/mnist/fgsm/32", {"kind": "step"})
+    memory = page_result("memory/mnist/fgsm/32", {"kind": "step"}, measure="peak")
+    attack = page_result(
+        "attack/mnist/pgd-20/0.1/250",
+        {"kind": "attack"},
+        accuracy={"advreg": 0.7, "art": 0.6},
+        ratios={"art": (0.25, 0.3, 0.35)},
+    )
+    curve = curves.described(curves.curves()[0], list(range(1, 8)))
+    found = {
+        "machine": {"processor": "P", "cores": 2, "threads": 1, "system": "S"},
+        "works": [step, {**step, "ratios": {"nsl": (0.9, 1.0, 1.1)}}, memory, attack],
+        "curves": [{**curve, "commit": "3c4d"}],
+        "versions": {"advreg": {"advreg": "0", "keras": "3"}, "nsl": {"keras": "2"}},
+    }
+    assert pages.page(found).splitlines()[:11] == [
+        "| a step of training | advreg, ms | / plain Keras | / NSL |",
+        "| --- | --- | --- | --- |",
+        "| mnist, fgsm, 32 | 2.00 | 2.00 (1.90–2.10) |  |",
+        "| mnist, fgsm, 32 | 2.00 |  | 1.00 (0.90–1.10) |",
+        "",
+        "| the peak of memory | advreg, MB | / plain Keras |",
+        "| --- | --- | --- |",
+        "| mnist, fgsm, 32 | 0 | 2.00 (1.90–2.10) |",
+        "",
+        "| an attack | advreg, s | / ART |",
+        "| --- | --- | --- |",
+    ]
+    assert (
+        "| mnist, pgd-20, 0.1, 250 | 0.00, leaves 70.0 % | 0.30 (0.25–0.35), leaves "
+        "60.0 %, a stronger attack |\n" in pages.page(found)
+    )
+    assert "| 40 | 7.00 | 218.8 |\n\n" in pages.page(found)
+    assert pages.page(found).endswith("\n- advreg: keras 3\n- nsl: keras 2")
+    assert "S; advreg at 1a2b, 3c4d." in pages.page(found)
 
 
 def test_without_advreg_there_is_nothing_to_compare():
@@ -516,6 +586,14 @@ def test_the_script_compares_what_needs_no_other_environment(tmp_path):
     assert result.returncode == 0, result.stderr
     found = json.loads(file.read_text())
     (step,) = found["works"]
+    again = subprocess.run(
+        [sys.executable, str(script), *options, "--markdown"],
+        capture_output=True,
+        text=True,
+    )
+    assert "advreg, plain, loop" not in again.stderr  # Nothing is measured twice.
+    assert json.loads(file.read_text())["works"] == [step]
+    assert f"\n{pages.page(found)}\n" in again.stdout
     assert set(step["ratios"]) == {"plain", "loop"}
     assert all(value > 0 for values in step["values"].values() for value in values)
     # The loop does what advreg does, and plain Keras something else.

@@ -61,7 +61,7 @@ def described(curve, milliseconds):
         [abscissa for _, abscissa, _ in curve.points], milliseconds
     )
     return {
-        "curve": curve.name,
+        "name": curve.name,
         "straight in": curve.straight_in,
         "points": [
             {

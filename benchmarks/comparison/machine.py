@@ -9,25 +9,22 @@ import subprocess
 
 def machine(threads):
     """What the figures depend on besides the code."""
-    command = [
-        "git",
-        "-C",
-        str(pathlib.Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-    ]
-    commit = None
-    with contextlib.suppress(OSError):
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return {
         "processor": processor(),
         "cores": os.cpu_count(),
         "threads": threads,
         "system": platform.platform(),
-        "load before": load(),
-        "commit": commit,
     }
+
+
+def commit():
+    """What git calls the code that runs, where it is a checkout."""
+    folder = str(pathlib.Path(__file__).parent)
+    command = ["git", "-C", folder, "describe", "--always", "--dirty"]
+    with contextlib.suppress(OSError):
+        told = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        return told or None
+    return None
 
 
 def load():

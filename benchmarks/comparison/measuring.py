@@ -44,7 +44,7 @@ def measure(sides, work, names):
         if "accuracy" in found[0]
     }
     result = {
-        "work": work.name,
+        "name": work.name,
         "measure": work.measure,
         "job": work.job,
         "data": told,

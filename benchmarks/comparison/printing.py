@@ -15,7 +15,7 @@ def table_of(result):
     unit, scale, digits = UNITS[unit_of(result)]
     own = statistics.median(result["values"]["advreg"]) * scale
     besides = [column for column in BESIDES if result.get(column[0])]
-    head = [result["work"], f"peer {unit}", f"advreg {unit}", "ratio", "quartiles"]
+    head = [result["name"], f"peer {unit}", f"advreg {unit}", "ratio", "quartiles"]
     for name, _, _ in besides:
         head += [f"peer {name}", f"advreg {name}"]
     rows = []
@@ -63,7 +63,7 @@ def print_targets(found):
 
 
 def print_curve(found):
-    name = found["curve"]
+    name = found["name"]
     rows = [
         (
             str(point[name]),
