@@ -39,7 +39,7 @@ The work:
   traces for a network that it has not seen is counted. advreg is done with an example
   once it is fooled; `advreg_all_steps` is not, and the peers' PGD is not. ART's
   AutoAttack starts APGD five times and Square five times, and has DeepFool besides;
-  advreg's is the standard one of its authors. The table has the accuracy that each side
+  advreg's is that of its authors without FAB. The table has the accuracy that each side
   leaves: a ratio counts at equal accuracy only.
 
 The works on the tutorial's network are that of the tutorial on random images, but for
@@ -189,7 +189,8 @@ def compare(sides, wanted):
         if result is not None:
             print(f"{table_of(result)}\n", flush=True)
         yield result, failed
-        needed = {name for later in wanted[number + 1 :] for name in later.sides}
+        later = [work for work in wanted[number + 1 :] if not work.fresh]
+        needed = {name for work in later for name in work.sides}
         sides.keep({*needed, "plain"})
 
 
@@ -226,24 +227,31 @@ def run(settings, wanted):
     pythons, failures = prepare([name for name in works.SIDES if name in needed])
     tell(failures)
     kind, measured = ("curves", draw) if settings.curves else ("works", compare)
-    before = {result["name"]: result for result in found[kind]}
-    wanted = [item for item in wanted if not kept.is_finished(item, before, pythons)]
+    results, code = {result["name"]: result for result in found[kind]}, commit()
+    wanted = [item for item in wanted if not kept.is_finished(item, results, pythons)]
     with (
         tempfile.TemporaryDirectory() as folder,
         Sides(pythons, pathlib.Path(folder), settings) as sides,
     ):
         for result, failed in measured(sides, wanted):
+            kept.check_versions(found["versions"], sides.versions)
+            found["versions"] |= sides.versions
+            if result is not None:
+                failed += kept.put({**result, "commit": code}, results)
             tell(failed)
             failures += failed
-            if result is not None:
-                before[result["name"]] = {**result, "commit": commit()}
-            found["versions"] |= sides.versions
-            found[kind] = list(before.values())
+            found[kind] = in_order(results, settings)
             kept.write(settings.json, found)
     found["failures"] = failures
     found["targets"] = list(targets_table(found["works"], settings.full_size))
     kept.write(settings.json, found)
     return found
+
+
+def in_order(results, settings):
+    """Results in the order of `--list`, whenever they were measured."""
+    names = [item.name for item in all_there_is(settings)]
+    return [results[name] for name in names if name in results]
 
 
 def beginning(settings):

@@ -13,7 +13,7 @@ import environments
 import keras
 import numpy as np
 import pytest
-from comparison import curves, kept, measuring, pages, printing, ratios, works
+from comparison import curves, kept, machine, measuring, pages, printing, ratios, works
 from comparison.protocol import Worker, WorkerError
 from peers import advreg as advreg_side
 from peers import advreg_all_steps, keras_networks, materials
@@ -417,13 +417,46 @@ def test_a_run_goes_on_with_what_is_kept(tmp_path):
 
 
 def test_a_work_is_finished_when_all_have_done_it_that_can():
-    results = {"step": {"values": {"advreg": [1], "nsl": [2]}}, "width": {}}
+    step = {"values": {"advreg": [1], "nsl": [2]}, "job": work().job}
+    results = {"step": step, "width": {}}
     (width, depth) = curves.curves()[2:]
     assert kept.is_finished(width, results, ["advreg"])
     assert not kept.is_finished(depth, results, ["advreg"])
     assert kept.is_finished(work(), results, ["advreg", "nsl"])
     assert not kept.is_finished(work(), results, ["advreg", "nsl", "plain"])
+    assert not kept.is_finished(work(job={}), results, ["advreg"])
     assert not kept.is_finished(work(name="other"), results, ["advreg"])
+
+
+def test_what_has_more_sides_is_not_replaced():
+    full = {"name": "step", "values": {"advreg": [1], "nsl": [2]}, "job": {}}
+    less = {**full, "values": {"advreg": [3]}}
+    results = {}
+    assert kept.put(full, results) == []
+    assert kept.put(less, results) == [
+        "step: what is kept stays, for it has nsl besides"
+    ]
+    assert results == {"step": full}
+    assert kept.put({**less, "job": {"kind": "step"}}, results) == []
+    assert results["step"]["values"] == less["values"]
+    assert kept.put({"name": "width", "points": []}, results) == []
+
+
+def test_a_side_goes_on_with_its_libraries():
+    old = {"nsl": {"keras": "2"}}
+    kept.check_versions(old, {"nsl": {"keras": "2"}, "art": {"keras": "3"}})
+    with pytest.raises(SystemExit, match=r"of nsl have changed\. Received: .*'2'.*'3'"):
+        kept.check_versions(old, {"nsl": {"keras": "3"}})
+
+
+def test_the_commit_is_that_of_the_code(monkeypatch):
+    told = {"log": "1a2b3c4", "status": ""}
+    monkeypatch.setattr(machine, "git", lambda word, *_: told[word])
+    assert machine.commit() == "1a2b3c4"
+    told["status"] = " M advreg/model.py"
+    assert machine.commit() == "1a2b3c4-dirty"
+    told["log"] = ""
+    assert machine.commit() == "no commit"
 
 
 def test_new_processes_are_measured_in_turns():
@@ -458,7 +491,10 @@ def page_result(name, job, **changes):
 
 def test_a_page_has_a_line_for_each_work():
     step = page_result("step/mnist/fgsm/32", {"kind": "step"})
-    memory = page_result("memory/mnist/fgsm/32", {"kind": "step"}, measure="peak")
+    growth = {"advreg": 5e6, "plain": 4e6}
+    memory = page_result(
+        "memory/mnist/fgsm/32", {"kind": "step"}, measure="peak", growth=growth
+    )
     attack = page_result(
         "attack/mnist/pgd-20/0.1/250",
         {"kind": "attack"},
@@ -470,7 +506,10 @@ def test_a_page_has_a_line_for_each_work():
         "machine": {"processor": "P", "cores": 2, "threads": 1, "system": "S"},
         "works": [step, {**step, "ratios": {"nsl": (0.9, 1.0, 1.1)}}, memory, attack],
         "curves": [{**curve, "commit": "3c4d"}],
-        "versions": {"advreg": {"advreg": "0", "keras": "3"}, "nsl": {"keras": "2"}},
+        "versions": {
+            "advreg": {"advreg": "0", "keras": "3", "foolbox": "3.3"},
+            "foolbox": {"keras": "3", "foolbox": "3.3"},
+        },
     }
     assert pages.page(found).splitlines()[:11] == [
         "| a step of training | advreg, ms | / plain Keras | / NSL |",
@@ -480,7 +519,7 @@ def test_a_page_has_a_line_for_each_work():
         "",
         "| the peak of memory | advreg, MB | / plain Keras |",
         "| --- | --- | --- |",
-        "| mnist, fgsm, 32 | 0 | 2.00 (1.90–2.10) |",
+        "| mnist, fgsm, 32 | 0, +5 MB | 2.00 (1.90–2.10), +4 MB |",
         "",
         "| an attack | advreg, s | / ART |",
         "| --- | --- | --- |",
@@ -490,7 +529,9 @@ def test_a_page_has_a_line_for_each_work():
         "60.0 %, a stronger attack |\n" in pages.page(found)
     )
     assert "| 40 | 7.00 | 218.8 |\n\n" in pages.page(found)
-    assert pages.page(found).endswith("\n- advreg: keras 3\n- nsl: keras 2")
+    assert pages.page(found).endswith(
+        "\n- advreg: keras 3\n- foolbox: keras 3, foolbox 3.3"
+    )
     assert "S; advreg at 1a2b, 3c4d." in pages.page(found)
 
 

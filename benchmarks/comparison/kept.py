@@ -42,6 +42,20 @@ def write(file, found):
         part.replace(file)
 
 
+def check_versions(old, new):
+    """Checks that sides go on with the libraries that they began with.
+
+    Raises:
+        SystemExit: A side has others than the file says.
+    """
+    for side, versions in new.items():
+        if old.get(side, versions) != versions:
+            raise SystemExit(
+                f"`--json` must be a new file, for the libraries of {side} have "
+                f"changed. Received: one of {old[side]}; they are {versions}"
+            )
+
+
 def is_finished(work, results, sides):
     """Whether all sides that can do a work, or a curve, have done it.
 
@@ -50,7 +64,23 @@ def is_finished(work, results, sides):
         results: What is kept of works, or of curves, by their names.
         sides: Names of the sides that can run.
     """
-    if work.name not in results:
+    result = results.get(work.name)
+    if result is None or result.get("job") != getattr(work, "job", None):
         return False
     wanted = set(getattr(work, "sides", ())) & set(sides)
-    return wanted <= set(results[work.name].get("values", ()))
+    return wanted <= set(result.get("values", ()))
+
+
+def put(result, results):
+    """Puts a result in the place of the one that is kept, unless it has fewer sides.
+
+    Returns:
+        What is wrong.
+    """
+    old = results.get(result["name"], {})
+    lost = old.get("values", {}).keys() - result.get("values", {}).keys()
+    if lost and old["job"] == result["job"]:
+        sides = ", ".join(sorted(lost))
+        return [f"{result['name']}: what is kept stays, for it has {sides} besides"]
+    results[result["name"]] = result
+    return []

@@ -18,13 +18,21 @@ def machine(threads):
 
 
 def commit():
-    """What git calls the code that runs, where it is a checkout."""
-    folder = str(pathlib.Path(__file__).parent)
-    command = ["git", "-C", folder, "describe", "--always", "--dirty"]
+    """The last commit that changed the code, and whether it has changed since."""
+    code = ["advreg", ":(glob)benchmarks/**/*.py"]
+    last = git("log", "-1", "--format=%h", "--", *code)
+    if last and git("status", "--porcelain", "--", *code):
+        return f"{last}-dirty"
+    return last or "no commit"
+
+
+def git(*words):
+    """What git says in the checkout, or nothing where there is none."""
+    folder = str(pathlib.Path(__file__).parents[2])
     with contextlib.suppress(OSError):
-        told = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-        return told or None
-    return None
+        command = ["git", "-C", folder, *words]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return ""
 
 
 def load():

@@ -2,7 +2,7 @@
 
 import statistics
 
-from comparison.printing import UNITS, unit_of
+from comparison.printing import UNITS, line_through, unit_of
 from comparison.works import SIDES, is_weaker
 
 # How names of works begin, and what the column of their names is called.
@@ -14,6 +14,7 @@ KINDS = {
     "memory": "the peak of memory",
     "attack": "an attack",
 }
+COMMON = ("python", "tensorflow", "keras", "numpy")
 PEERS = {
     "plain": "plain Keras",
     "loop": "minimal loop",
@@ -48,7 +49,7 @@ def table(title, results):
     for result in results:
         own = statistics.median(result["values"]["advreg"]) * scale
         _, *name = result["name"].split("/")
-        row = [", ".join(name), f"{own:.{digits}f}{left(result, 'advreg')}"]
+        row = [", ".join(name), f"{own:.{digits}f}{besides(result, 'advreg')}"]
         row += [ratio_to(peer, result) for peer in peers]
         rows.append(row)
     return markdown(head, rows)
@@ -59,14 +60,17 @@ def ratio_to(peer, result):
     if peer not in result["ratios"]:
         return ""
     low, ratio, high = result["ratios"][peer]
-    cell = f"{ratio:.2f} ({low:.2f}–{high:.2f}){left(result, peer)}"
+    cell = f"{ratio:.2f} ({low:.2f}–{high:.2f}){besides(result, peer)}"
     return f"{cell}, a stronger attack" if is_weaker(result, peer) else cell
 
 
-def left(result, side):
-    """What an attack leaves of the accuracy."""
-    accuracy = result["accuracy"].get(side)
-    return "" if accuracy is None else f", leaves {100 * accuracy:.1f} %"
+def besides(result, side):
+    """What an attack leaves of the accuracy; what steps add to the memory."""
+    if side in result["accuracy"]:
+        return f", leaves {100 * result['accuracy'][side]:.1f} %"
+    if "growth" in result:
+        return f", +{result['growth'][side] * 1e-6:.0f} MB"
+    return ""
 
 
 def curve(result):
@@ -80,21 +84,18 @@ def curve(result):
         ]
         for point in result["points"]
     ]
-    return (
-        f"{markdown([name, 'ms per step', 'µs per example'], rows)}\n\n"
-        f"{result['ms at 0']:.3g} ms + {result['ms per unit']:.3g} ms × "
-        f"{result['straight in']}, from which no step is further than "
-        f"{result['largest residual']:.0%} of its time."
-    )
+    table = markdown([name, "ms per step", "µs per example"], rows)
+    return f"{table}\n\n{line_through(result)}"
 
 
 def circumstances(found):
     """Where, and with what, a run was made."""
     machine = found["machine"]
     commits = {result["commit"] for result in found["works"] + found["curves"]}
+    one_of_each = {SIDES[side]: side for side in found["versions"]}
     environments = [
-        f"- {environment or 'advreg'}: {described(found['versions'][side])}"
-        for environment, side in one_of_each(found["versions"]).items()
+        f"- {name or 'advreg'}: {libraries(name, found['versions'][side])}"
+        for name, side in one_of_each.items()
     ]
     return (
         f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} "
@@ -103,14 +104,14 @@ def circumstances(found):
     )
 
 
-def one_of_each(sides):
-    """A side of each environment."""
-    return {SIDES[side]: side for side in sides}
-
-
-def described(versions):
-    """The libraries of an environment, but for advreg, whose commit is told."""
-    return ", ".join(f"{name} {v}" for name, v in versions.items() if name != "advreg")
+def libraries(environment, versions):
+    """What matters in an environment: peers that advreg's has besides do not."""
+    of_peers = environment is not None
+    return ", ".join(
+        f"{name} {version}"
+        for name, version in versions.items()
+        if name in COMMON or (of_peers and name != "advreg")
+    )
 
 
 def markdown(head, rows):

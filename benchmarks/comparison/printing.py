@@ -75,9 +75,13 @@ def print_curve(found):
     ]
     head = (name, "ms per step", "quartiles", "µs per example")
     print(f"\n{text_table(head, rows)}")
-    print(
+    print(line_through(found), flush=True)
+
+
+def line_through(found):
+    """The straight line through the points of a curve."""
+    return (
         f"{found['ms at 0']:.3g} ms + {found['ms per unit']:.3g} ms × "
-        f"{found['straight in']}: no step is further from this line than "
-        f"{found['largest residual']:.0%} of its time",
-        flush=True,
+        f"{found['straight in']}, from which no step is further than "
+        f"{found['largest residual']:.0%} of its time."
     )
