@@ -66,7 +66,7 @@ from comparison.printing import print_curve, print_targets, table_of
 from comparison.protocol import WorkerError
 from comparison.sides import Sides, prepare
 
-FULL = {"images": 2000, "hard_images": 200, "evaluated": 4096, "epochs": 5}
+FULL = {"images": 2000, "hard_images": 200, "evaluated": 10000, "epochs": 5}
 QUICK = {"images": 100, "hard_images": 10, "evaluated": 512, "epochs": 1}
 
 
@@ -122,7 +122,7 @@ def parse(arguments=None):
         "--hard-images", type=positive, help="images for AutoAttack (default: 200)"
     )
     parser.add_argument(
-        "--evaluated", type=positive, help="images for `evaluate` (default: 4096)"
+        "--evaluated", type=positive, help="images for `evaluate` (default: 10000)"
     )
     parser.add_argument(
         "--epochs", type=positive, help="training of the attacked network (default: 5)"

@@ -209,15 +209,14 @@ class Scene:
             state = {**state, **moved}
             if not (self.classify and self.early_stop):
                 continue
-            fooled = fooled.numpy()
-            if fooled.any():
-                out = place[fooled]
-                outcome.displacement[out] = tf.boolean_mask(there, fooled).numpy()
+            fallen, standing = _places(fooled.numpy())
+            if len(fallen):
+                out = place[fallen]
+                outcome.displacement[out] = tf.gather(there, fallen).numpy()
                 outcome.fooled[out], outcome.closeness[out] = True, np.inf
-                place = place[~fooled]
-                if not len(place):
+                if not len(standing):
                     return outcome
-                state = take(state, np.flatnonzero(~fooled))
+                place, state = place[standing], take(state, standing)
         fooled, closeness = self._judge(round_, state)(state, numbers["epsilon"])
         outcome.closeness[place] = closeness.numpy()
         outcome.fooled[place] = fooled.numpy()
@@ -359,6 +358,11 @@ class Cascade:
             taken = _take(outcome, places)
             assert taken is not None
             self._done(take(rows, places), taken)
+
+
+def _places(flags: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where flags are set, and where not. Masks take TensorFlow far longer."""
+    return np.flatnonzero(flags), np.flatnonzero(~flags)
 
 
 def take(rows: Rows, places: np.ndarray) -> Rows:
