@@ -219,6 +219,21 @@ def test_the_profile_of_a_step_adds_up():
     assert {"MatMul", "others"} <= {line[0] for line in lines[10:] if line}
 
 
+@pytest.mark.slow
+def test_the_profile_of_an_attack_adds_up():
+    options = ("--images", "32", "--batch", "16", "--epochs", "0")
+    lines = rows_of("attack_profile.py", *options)
+    assert lines[0] == ["a", "look", "at", "16", "images", "ms"]
+    *parts, total = (float(line[-1]) for line in lines[2:7])
+    assert sum(parts) == pytest.approx(total, abs=0.03)
+    assert min(parts[:3]) > 0
+    for line in (lines[9], lines[12]):
+        left = [float(cell) for cell in line]
+        assert left[0] == 1.0
+        assert len(left) == 20
+        assert left == sorted(left, reverse=True)
+
+
 @pytest.fixture
 def table(tmp_path, monkeypatch):
     """The table of robustness, of networks that are hardly trained."""

@@ -61,10 +61,10 @@ def train(model, epochs, folder):
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     kept = folder / f"compare-{data.name}-{epochs}.weights.h5"
-    compiled(model)
     if kept.exists():
-        model.load_weights(kept)
-    else:
+        model.load_weights(kept)  # While no optimizer misses its own.
+    compiled(model)
+    if not kept.exists():
         model.fit(x_train, data.y_train, batch_size=32, epochs=epochs, verbose=0)
         model.save_weights(kept)
     _, accuracy = model.evaluate(x_test, data.y_test, batch_size=250, verbose=0)
