@@ -1,5 +1,6 @@
 """`evaluate_robustness` against the model's own predictions."""
 
+import gc
 import math
 import random
 import signal
@@ -428,6 +429,16 @@ def test_an_interruption_does_not_prefer_what_falls_early(setting):
     assert not report.complete
 
 
+@pytest.fixture
+def no_destructors():
+    """None runs: what is raised in one is lost, Ctrl-C too, if it comes just then."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_destructors")
 def test_ctrl_c_while_the_data_comes(setting):
     model, y = setting
     evaluate(model, X, y, attacks=FGSM(0.3))  # Compiled from now on.
