@@ -430,15 +430,15 @@ def test_an_interruption_does_not_prefer_what_falls_early(setting):
 
 
 @pytest.fixture
-def no_destructors():
-    """None runs: what is raised in one is lost, Ctrl-C too, if it comes just then."""
+def no_collector():
+    """Python drops what is raised in a destructor, Ctrl-C too: none of the collector."""
     gc.collect()
     gc.disable()
     yield
     gc.enable()
 
 
-@pytest.mark.usefixtures("no_destructors")
+@pytest.mark.usefixtures("no_collector")
 def test_ctrl_c_while_the_data_comes(setting):
     model, y = setting
     evaluate(model, X, y, attacks=FGSM(0.3))  # Compiled from now on.
