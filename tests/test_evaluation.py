@@ -431,7 +431,7 @@ def test_an_interruption_does_not_prefer_what_falls_early(setting):
 
 @pytest.fixture
 def no_collector():
-    """Python drops what is raised in a destructor, Ctrl-C too: none of the collector."""
+    """In a destructor Python drops what is raised, Ctrl-C too: let none run late."""
     gc.collect()
     gc.disable()
     yield
