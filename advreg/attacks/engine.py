@@ -29,6 +29,7 @@ from advreg.movable import movable
 from advreg.packing import Features
 from advreg.perturbation import align, differentiable, select
 
+SIZES = 16  # That a batch has while it shrinks.
 Rows = dict[str, Any]  # structures of tensors and arrays, one row for each example
 Numbers = dict[str, Tensor]  # scalars
 
@@ -209,18 +210,24 @@ class Scene:
             state = {**state, **moved}
             if not (self.classify and self.early_stop):
                 continue
-            fallen, standing = _places(fooled.numpy())
-            if len(fallen):
-                out = place[fallen]
-                outcome.displacement[out] = tf.gather(there, fallen).numpy()
-                outcome.fooled[out], outcome.closeness[out] = True, np.inf
-                if not len(standing):
-                    return outcome
-                place, state = place[standing], take(state, standing)
+            # Rows may go on that have fallen before, and fall again.
+            fallen = np.flatnonzero(fooled.numpy() & ~outcome.fooled[place])
+            if not len(fallen):
+                continue
+            out = place[fallen]
+            outcome.displacement[out] = tf.gather(there, fallen).numpy()
+            outcome.fooled[out], outcome.closeness[out] = True, np.inf
+            if outcome.fooled.all():
+                return outcome
+            going = _going(outcome.fooled[place], count)
+            if len(going) < len(place):
+                place, state = place[going], take(state, going)
         fooled, closeness = self._judge(round_, state)(state, numbers["epsilon"])
-        outcome.closeness[place] = closeness.numpy()
-        outcome.fooled[place] = fooled.numpy()
-        outcome.displacement[place] = state["displacement"].numpy()
+        last = np.flatnonzero(~outcome.fooled[place])
+        out = place[last]
+        outcome.closeness[out] = closeness.numpy()[last]
+        outcome.fooled[out] = fooled.numpy()[last]
+        outcome.displacement[out] = tf.gather(state["displacement"], last).numpy()
         return outcome
 
     def _compiled(self, round_: Round, state: Rows, numbers: Numbers) -> Callable:
@@ -360,9 +367,21 @@ class Cascade:
             self._done(take(rows, places), taken)
 
 
-def _places(flags: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where flags are set, and where not. Masks take TensorFlow far longer."""
-    return np.flatnonzero(flags), np.flatnonzero(~flags)
+def _going(fooled: np.ndarray, count: int) -> np.ndarray:
+    """Which rows go on: all that stand, and as many others as make a round number.
+
+    A batch of a size that was not there before has oneDNN prepare its kernels for it,
+    which can take longer than a few rows less give. Sixteen sizes are few enough.
+
+    Args:
+        fooled: Which rows have fallen, `[rows]`.
+        count: Number of rows that the batch began with.
+    """
+    share = -(-count // SIZES)
+    standing = len(fooled) - np.count_nonzero(fooled)
+    size = min(-(-standing // share) * share, len(fooled))
+    # Sorted by whether they have fallen, in the order in which they came.
+    return np.sort(np.argsort(fooled, kind="stable")[:size])
 
 
 def take(rows: Rows, places: np.ndarray) -> Rows:
