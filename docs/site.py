@@ -17,6 +17,7 @@ PAGES = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
+    "benchmarks/PROFILE.md": "profile.md",
     "notebooks": "notebooks/01_quickstart.ipynb",
 }
 
@@ -35,13 +36,22 @@ def on_files(files, config):
 
 
 def relinked(text):
-    """Points links from the root of the repository to the pages of the site."""
+    """Points links of what stands outside of `docs` to the pages of the site."""
 
     def page(link):
-        target = link[1]
-        return f"]({PAGES.get(target, target.removeprefix('docs/'))})"
+        target = link[1].removeprefix("../")
+        return f"]({PAGES.get(target, target.removeprefix('docs/'))}"
 
-    return re.sub(r"\]\(([^)#:]+)\)", page, text)
+    return re.sub(r"\]\(([^)#:]+)", page, text)
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Points links of `docs` to what stands outside of it to the pages of the site."""
+
+    def inside(link):
+        return f"]({PAGES[link[1]]}" if link[1] in PAGES else link[0]
+
+    return re.sub(r"\]\(\.\./([^)#:]+)", inside, markdown)
 
 
 class Examples(griffe.Extension):

@@ -257,6 +257,12 @@ def test_each_target_is_one_of_a_work_and_its_sides():
     assert all(Job(**job).network in keras_networks.SHAPES for job in fields)
 
 
+def test_the_summary_is_of_works_that_there_are():
+    every = compare.chosen(compare.parse([]))
+    assert set(pages.SUMMARY) <= {work.name for work in every}
+    assert {*pages.EXPLAIN, *pages.PEERS} <= set(works.SIDES)
+
+
 def test_options_choose_works():
     settings = compare.parse(["--only", "step/m", "memory", "--batch", "8"])
     assert [work.name for work in compare.chosen(settings)] == [
@@ -491,6 +497,8 @@ def page_result(name, job, **changes):
 
 def test_a_page_has_a_line_for_each_work():
     step = page_result("step/mnist/fgsm/32", {"kind": "step"})
+    nsl = {"nsl": (0.9, 1.0, 1.1)}
+    resnet = page_result("step/resnet/fgsm/32", {"kind": "step"}, ratios=nsl)
     growth = {"advreg": 5e6, "plain": 4e6}
     memory = page_result(
         "memory/mnist/fgsm/32", {"kind": "step"}, measure="peak", growth=growth
@@ -504,18 +512,25 @@ def test_a_page_has_a_line_for_each_work():
     curve = curves.described(curves.curves()[0], list(range(1, 8)))
     found = {
         "machine": {"processor": "P", "cores": 2, "threads": 1, "system": "S"},
-        "works": [step, {**step, "ratios": {"nsl": (0.9, 1.0, 1.1)}}, memory, attack],
+        "works": [step, resnet, memory, attack],
         "curves": [{**curve, "commit": "3c4d"}],
         "versions": {
             "advreg": {"advreg": "0", "keras": "3", "foolbox": "3.3"},
             "foolbox": {"keras": "3", "foolbox": "3.3"},
         },
     }
-    assert pages.page(found).splitlines()[:11] == [
+    assert pages.summary(found).splitlines() == [
+        "| advreg beside | plain Keras | ART |",
+        "| --- | --- | --- |",
+        "| training step, FGSM, batch 32 | 2.00 |  |",
+        "| PGD-20, ε 0.1, 2,000 images |  | 0.30 |",
+    ]
+    assert pages.page(found).startswith(f"{pages.summary(found)}\n\n")
+    assert "\n\n".join(pages.parts(found)).splitlines()[:11] == [
         "| a step of training | advreg, ms | / plain Keras | / NSL |",
         "| --- | --- | --- | --- |",
         "| mnist, fgsm, 32 | 2.00 | 2.00 (1.90–2.10) |  |",
-        "| mnist, fgsm, 32 | 2.00 |  | 1.00 (0.90–1.10) |",
+        "| resnet, fgsm, 32 | 2.00 |  | 1.00 (0.90–1.10) |",
         "",
         "| the peak of memory | advreg, MB | / plain Keras |",
         "| --- | --- | --- |",

@@ -7,9 +7,11 @@ import json
 import pathlib
 import re
 
+import compare
 import keras
 import numpy as np
 import pytest
+from comparison import curves, pages, works
 from models import classifier
 from test_nsl_configs import NAMES
 from test_parity import CASES
@@ -20,6 +22,7 @@ from advreg.objectives import OBJECTIVES
 from advreg.presets import Presets
 
 TESTS = pathlib.Path(__file__).parent
+COMPARISON = json.loads((TESTS.parent / "benchmarks" / "compare.json").read_text())
 TABLE = (TESTS.parent / "docs" / "keras.md").read_text()
 ROWS = [line.split("|")[1:-1] for line in TABLE.splitlines() if line.startswith("| ")]
 
@@ -123,6 +126,52 @@ def test_the_recipes_show_the_rows_that_are_kept():
     ]
     shown = re.findall(r"^\| `\w+` \| 0\..*$", page, re.MULTILINE)
     assert shown == measured
+
+
+def test_the_comparison_that_is_kept_is_whole():
+    settings = compare.parse([])
+    assert COMPARISON["sizes"] == compare.beginning(settings)["sizes"]
+    assert COMPARISON["failures"] == []
+    measured = {result["name"]: result for result in COMPARISON["works"]}
+    for work in compare.all_there_is(settings):
+        # ART's AutoAttack alone takes a third of the whole.
+        if work.name in measured or "autoattack" not in work.name:
+            assert set(measured.pop(work.name)["values"]) == set(work.sides)
+    assert not measured
+    drawn = [curve["name"] for curve in COMPARISON["curves"]]
+    assert drawn == [curve.name for curve in curves.curves()]
+    results = COMPARISON["works"] + COMPARISON["curves"]
+    assert all(re.fullmatch(r"[0-9a-f]{7,}", result["commit"]) for result in results)
+
+
+def test_ratios_that_are_shown_are_those_of_attacks_as_strong():
+    for result in COMPARISON["works"]:
+        assert not any(works.is_weaker(result, peer) for peer in result["ratios"])
+
+
+def test_the_page_on_costs_shows_what_is_kept():
+    page = (TESTS.parent / "docs" / "costs.md").read_text()
+    parts = pages.parts(COMPARISON)
+    for part in parts:
+        assert f"\n\n{part}\n\n" in page
+    lines = "\n".join(parts).splitlines()
+    assert rows_of(page.splitlines()) == rows_of(lines)  # And no others.
+    assert pages.summary(COMPARISON) in (TESTS.parent / "README.md").read_text()
+
+
+def test_the_profile_names_all_targets_that_are_missed():
+    profile = (TESTS.parent / "benchmarks" / "PROFILE.md").read_text()
+    row = r"^\| `(\S+/.*)` \| (.*) \| (.*) \| (.*) \|$"
+    shown = re.findall(row, profile, re.MULTILINE)
+    assert shown == [
+        (line["work"], line["peer"], str(line["most"]), f"{line['measured']:.2f}")
+        for line in COMPARISON["targets"]
+        if line["met"].startswith("NO")
+    ]
+
+
+def rows_of(lines):
+    return sorted(line for line in lines if line.startswith("| "))
 
 
 def entries_of_the_reference():

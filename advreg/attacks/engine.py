@@ -379,9 +379,9 @@ def _going(fooled: np.ndarray, count: int) -> np.ndarray:
     """
     share = -(-count // SIZES)
     standing = len(fooled) - np.count_nonzero(fooled)
-    size = min(-(-standing // share) * share, len(fooled))
-    # Sorted by whether they have fallen, in the order in which they came.
-    return np.sort(np.argsort(fooled, kind="stable")[:size])
+    number = min(-(-standing // share) * share, len(fooled))
+    # Those that stand come first, and all keep their order.
+    return np.sort(np.argsort(fooled, kind="stable")[:number])
 
 
 def take(rows: Rows, places: np.ndarray) -> Rows:

@@ -27,22 +27,66 @@ PEERS = {
     "cleverhans": "CleverHans",
     "advreg_all_steps": "advreg, no early stop",
 }
+# The works of the README's table, and what they are called there.
+SUMMARY = {
+    "step/mnist/fgsm/32": "training step, FGSM, batch 32",
+    "step/mnist/fgsm/256": "training step, FGSM, batch 256",
+    "step/mnist/pgd-10/32": "training step, PGD-10, batch 32",
+    "step/mnist/pgd-10/256": "training step, PGD-10, batch 256",
+    "step/resnet/fgsm/256": "the same on a small ResNet, FGSM, batch 256",
+    "evaluate/mnist/fgsm/32": "`evaluate`, trained with FGSM, batch 32",
+    "evaluate/mnist/fgsm/256": "`evaluate`, trained with FGSM, batch 256",
+    "evaluate/mnist/pgd-3/32": "`evaluate`, trained with PGD-3, batch 32",
+    "evaluate/mnist/pgd-3/256": "`evaluate`, trained with PGD-3, batch 256",
+    "predict/mnist/256": "`predict`, batch 256",
+    "first-step/mnist/fgsm/256": "first step, compiling included",
+    "memory/mnist/fgsm/256": "peak of memory of FGSM steps, batch 256",
+    "attack/mnist/pgd-20/0.1/250": "PGD-20, ε 0.1, 2,000 images",
+    "attack/mnist/pgd-20/0.3/250": "PGD-20, ε 0.3, 2,000 images",
+    "attack/mnist/autoattack/0.1/100": "AutoAttack, ε 0.1, 200 images",
+}
+# Sides that explain a ratio, and are no peers.
+EXPLAIN = ("plain_nsl", "art_compiled", "advreg_all_steps")
 
 
 def page(found):
     """The tables of a run, as `compare.run` returns it."""
-    parts = []
+    return "\n\n".join([summary(found), *parts(found)])
+
+
+def parts(found):
+    """A table for each kind of work and each curve, and where all was measured."""
+    tables = []
     for kind, title in KINDS.items():
         results = [r for r in found["works"] if r["name"].startswith(f"{kind}/")]
         if results:
-            parts.append(table(title, results))
-    parts += [curve(result) for result in found["curves"]]
-    return "\n\n".join([*parts, circumstances(found)])
+            tables.append(table(title, results))
+    tables += [curve(result) for result in found["curves"]]
+    return [*tables, circumstances(found)]
+
+
+def summary(found):
+    """The ratios of a run that matter most, in one table."""
+    by_name = {result["name"]: result for result in found["works"]}
+    results = [by_name[name] for name in SUMMARY if name in by_name]
+    peers = peers_of(results, without=EXPLAIN)
+    rows = []
+    for result in results:
+        ratios = (result["ratios"].get(peer) for peer in peers)
+        cells = ["" if ratio is None else f"{ratio[1]:.2f}" for ratio in ratios]
+        rows.append([SUMMARY[result["name"]], *cells])
+    return markdown(["advreg beside", *(PEERS[peer] for peer in peers)], rows)
+
+
+def peers_of(results, without=()):
+    """The sides that results have beside advreg, in the order of `SIDES`."""
+    there = {side for result in results for side in result["ratios"]}
+    return [side for side in SIDES if side in there and side not in without]
 
 
 def table(title, results):
     """A line for each result: what advreg takes, and the ratio to each peer."""
-    peers = [side for side in SIDES if any(side in r["ratios"] for r in results)]
+    peers = peers_of(results)
     unit, scale, digits = UNITS[unit_of(results[0])]
     head = [title, f"advreg, {unit}", *(f"/ {PEERS[peer]}" for peer in peers)]
     rows = []
