@@ -33,7 +33,7 @@ SUMMARY = {
     "step/mnist/fgsm/256": "training step, FGSM, batch 256",
     "step/mnist/pgd-10/32": "training step, PGD-10, batch 32",
     "step/mnist/pgd-10/256": "training step, PGD-10, batch 256",
-    "step/resnet/fgsm/256": "the same on a small ResNet, FGSM, batch 256",
+    "step/resnet/fgsm/256": "training step, small ResNet, FGSM, batch 256",
     "evaluate/mnist/fgsm/32": "`evaluate`, trained with FGSM, batch 32",
     "evaluate/mnist/fgsm/256": "`evaluate`, trained with FGSM, batch 256",
     "evaluate/mnist/pgd-3/32": "`evaluate`, trained with PGD-3, batch 32",

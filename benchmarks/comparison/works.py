@@ -149,7 +149,7 @@ def attacks(images, hard_images):
         "attack/mnist/autoattack/0.1/100",
         ("advreg", "art"),
         attack_job("autoattack", 0.1, 100, hard_images),
-        1,  # It takes ART twenty minutes.
+        1,  # It takes ART a quarter of an hour.
         trained=True,
         count=hard_images,  # Few would take ART as long: there is no warming up.
     )
