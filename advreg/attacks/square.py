@@ -101,7 +101,8 @@ class Search(Round):
             "best_loss": ops.full_like(ball.x[:, :1], -np.inf),
         }
         if self.norm is NormType.INFINITY:
-            # All points that it tries are corners of the ball, cut by the range.
+            # All points that it tries are corners of the ball, cut by the range. A flag
+            # for each value says to which of its ends it goes.
             lowest, highest = (
                 ball.constrain(_where_free(ball, ops.full_like(ball.x, end)))
                 for end in (-radius, radius)
@@ -110,19 +111,24 @@ class Search(Round):
             if canvas.width == 1:
                 stripes = (batch, canvas.height, 1, canvas.channels)
             up = ops.broadcast_to(_coins(stripes, seed) > 0, (batch, *canvas))
-            start = ops.where(canvas.lay(up), highest, lowest)
-            state.update(lowest=lowest, highest=highest)
+            corner = canvas.lay(up)
+            state.update(lowest=lowest, highest=highest, corner=corner, best=corner)
+            # Values whose ends are one change nothing.
+            state["live"] = ops.not_equal(lowest, highest)
+            start = _corner(corner, state)
         else:
             tiles = _where_free(ball, canvas.lay(_tiles(canvas, batch, seed, ball)))
-            start = ball.constrain(radius * _unit(tiles))
-        return {**state, "displacement": start, "best": start}
+            start = state["best"] = ball.constrain(radius * _unit(tiles))
+        return {**state, "displacement": start}
 
     def advance(self, look: Look, rows: Rows, numbers: Numbers) -> Rows:
         """See `Round`."""
-        here, index = rows["displacement"], numbers["index"]
-        loss = ops.cast(look.loss, here.dtype)[:, None]
+        corners = self.norm is NormType.INFINITY
+        point = "corner" if corners else "displacement"
+        index, dtype = numbers["index"], rows["displacement"].dtype
+        loss = ops.cast(look.loss, dtype)[:, None]
         better = loss > rows["best_loss"]
-        best = ops.where(better, here, rows["best"])
+        best = ops.where(better, rows[point], rows["best"])
         canvas = Canvas.of(rows["features"], look.ball)
         made = ops.cast(index + 1, "float64")
         share = numbers["p_init"] * 0.5 ** ops.sum(
@@ -133,23 +139,25 @@ class Search(Round):
         )
         size = canvas.window(share, odd=self.norm is NormType.L2)
         draws = tf.random.stateless_uniform(
-            (tf.shape(here)[0], 5 + canvas.channels),
+            (tf.shape(loss)[0], 5 + canvas.channels),
             tf.stack([rows["seed"][0], index]),
-            dtype=here.dtype,
+            dtype=dtype,
         )
-        if self.norm is NormType.INFINITY:
+        if corners:
             tried = _flip(rows, best, canvas, size, draws)
         else:
-            radius = ops.cast(numbers["epsilon"], here.dtype)
+            radius = ops.cast(numbers["epsilon"], dtype)
             tried = look.ball.constrain(
                 _move(look.ball, best, radius, canvas, size, draws)
             )
-        last = made >= numbers["queries"]
-        return {
-            "displacement": ops.where(last, best, tried),
+        moved = {
+            point: ops.where(made >= numbers["queries"], best, tried),
             "best": best,
             "best_loss": ops.where(better, loss, rows["best_loss"]),
         }
+        if corners:
+            moved["displacement"] = _corner(moved[point], rows)
+        return moved
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -228,6 +236,11 @@ class Square(Attack):
         return [one] * self.restarts
 
 
+def _corner(corner: Tensor, rows: Rows) -> Tensor:
+    """The displacement that takes each value to the end that its flag says."""
+    return ops.where(corner, rows["highest"], rows["lowest"])
+
+
 def _flip(
     rows: Rows,
     best: Tensor,
@@ -235,17 +248,19 @@ def _flip(
     size: tuple[Tensor, Tensor],
     draws: Tensor,
 ) -> Tensor:
-    """Takes each channel of a window to one end of what is allowed there."""
+    """Takes each channel of a window to one end of what is allowed there.
+
+    All is done with flags, which are a quarter of the bytes of values.
+    """
     _, _, inside = _place(canvas, size, draws[:, 0:2])
     up = draws[:, None, None, 5:] < 0.5
-    lowest, highest, now = (
-        canvas.hang(rows) for rows in (rows["lowest"], rows["highest"], best)
-    )
-    tried = ops.where(inside, ops.where(up, highest, lowest), now)
-    # A query that changes nothing would be lost.
-    same = ops.all(ops.equal(tried, now), axis=(1, 2, 3), keepdims=True)
-    inside = ops.logical_and(inside, same)
-    return canvas.lay(ops.where(inside, ops.where(up, lowest, highest), tried))
+    now = canvas.hang(best)
+    inside = ops.logical_and(inside, canvas.hang(rows["live"]))
+    turned = ops.logical_and(inside, ops.logical_xor(now, up))
+    # A query that changes nothing would be lost: it goes to the other ends.
+    lost = ops.logical_not(ops.any(turned, axis=(1, 2, 3), keepdims=True))
+    turned = ops.logical_or(turned, ops.logical_and(inside, lost))
+    return canvas.lay(ops.logical_xor(now, turned))
 
 
 def _move(
