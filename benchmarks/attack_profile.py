@@ -1,18 +1,22 @@
-"""Where the time of an attack goes: PGD-20 on a plainly trained network for MNIST.
+"""Where the time of an attack goes, on a plainly trained network for MNIST.
 
-Prints the operations of a look at a batch, by what they are for, and how many images
-still stand at each look, those which advreg goes on with. All is done by a single
-thread. The network and the images are those of the works `attack` of `compare.py`;
-`PROFILE.md` says what was found.
+Prints the operations of a look at a batch, by what they are for, of PGD and of the two
+attacks in which AutoAttack spends its time; how many images still stand at each look of
+PGD-20, those which advreg goes on with; and how long AutoAttack takes for each kind of
+its rounds. All is done by a single thread. The network and the images are those of the
+works `attack` of `compare.py`; `PROFILE.md` says what was found.
 
     python benchmarks/attack_profile.py [--batch 250] [--images 2000] [--turns 5]
 """
 
 import argparse
+import collections
 import pathlib
 import re
 import statistics
 import tempfile
+import time
+from unittest import mock
 
 from step_profile import STEPS, median, profiled, summed  # Before TensorFlow: threads.
 
@@ -22,12 +26,26 @@ import numpy as np
 from peers import keras_networks, materials
 from peers.job import CLIP, Job
 
-from advreg.attacks import PGD
+from advreg.attacks import APGD, PGD, AutoAttack, Square
+from advreg.attacks.engine import Scene
 from advreg.tables import text_table
 
 RANGE = {"clip_value_min": CLIP[0], "clip_value_max": CLIP[1]}
 RADII = ((0.1, 0.01), (0.3, 0.0375))  # With the size of a step.
 ITERATIONS = 20
+# A look of each, of which an attack makes as many as it is told to.
+LOOKS = {
+    "PGD": lambda looks: PGD(0.1, iterations=looks, step_size=0.01, **RANGE),
+    "APGD": lambda looks: APGD(0.1, iterations=looks, **RANGE),
+    "Square": lambda looks: Square(0.1, queries=looks, **RANGE),
+}
+# AutoAttack, as the comparison has it, and what its rounds are.
+EPSILON, AUTO_IMAGES, AUTO_BATCH = 0.1, 200, 100
+ROUNDS = {
+    "AutoAscent": "APGD",
+    "AscentTowards": "APGD, towards a class",
+    "Search": "Square",
+}
 NETWORKS = str(pathlib.Path(__file__).with_name("networks"))
 # What an operation is for, by what stands in its name: the first that fits.
 PURPOSES = (
@@ -42,14 +60,13 @@ def purpose(name):
     return next(told for told, pattern in PURPOSES if re.search(pattern, name))
 
 
-def look(model, x, y):
+def look(attack, model, x, y):
     """Milliseconds of the operations of a look, the judgement at the end left out."""
     twin = keras.models.clone_model(model)  # Whose functions are new to the profiler.
     twin.set_weights(model.get_weights())
 
     def run(steps):
-        options = {"batch_size": len(x), "early_stop": False}
-        PGD(0.1, iterations=steps, step_size=0.01, **RANGE)(twin, x, y, **options)
+        attack(steps)(twin, x, y, batch_size=len(x), early_stop=False)
 
     run(1)
     longer, shorter = profiled(lambda _: run(2 * STEPS)), profiled(run)
@@ -70,6 +87,24 @@ def standing(model, x, y, epsilon, step_size, batch):
         x_adv = attack(model, x, y, batch_size=batch)
         parts.append(accuracy(model, x_adv, y, batch))
     return parts
+
+
+def by_round(model, x, y):
+    """How often AutoAttack plays each kind of round, and the seconds that it takes."""
+    played, seconds = collections.Counter(), collections.Counter()
+    play = Scene.play
+
+    def timed(scene, round_, rows, seed):
+        start = time.perf_counter()
+        outcome = play(scene, round_, rows, seed)
+        name = ROUNDS[type(round_).__name__]
+        played[name] += 1
+        seconds[name] += time.perf_counter() - start
+        return outcome
+
+    with mock.patch.object(Scene, "play", timed):
+        AutoAttack(EPSILON, **RANGE)(model, x, y, batch_size=AUTO_BATCH)
+    return [(name, str(played[name]), f"{seconds[name]:.1f}") for name in played]
 
 
 def accuracy(model, x, y, batch):
@@ -101,10 +136,16 @@ def main():
     settings = parse()
     model, x, y = network(settings.images, settings.epochs)
     few = x[: settings.batch], y[: settings.batch]
-    times = median([look(model, *few) for _ in range(settings.turns)])
-    rows = [(told, f"{times.get(told, 0.0):.2f}") for told, _ in PURPOSES]
-    rows.append(("all", f"{sum(times.values()):.2f}"))
-    print(text_table((f"a look at {len(few[0])} images", "ms"), rows))
+    times = {
+        name: median([look(attack, model, *few) for _ in range(settings.turns)])
+        for name, attack in LOOKS.items()
+    }
+    rows = [
+        (told, *(f"{column.get(told, 0.0):.2f}" for column in times.values()))
+        for told, _ in PURPOSES
+    ]
+    rows.append(("all", *(f"{sum(column.values()):.2f}" for column in times.values())))
+    print(text_table((f"a look at {len(few[0])} images, ms", *times), rows))
     for epsilon, step_size in RADII:
         parts = standing(model, x, y, epsilon, step_size, settings.batch)
         print(
@@ -113,6 +154,9 @@ def main():
             f"{' '.join(f'{part:.3f}' for part in parts)}",
             flush=True,
         )
+    some = x[:AUTO_IMAGES], y[:AUTO_IMAGES]
+    titles = (f"AutoAttack, ε {EPSILON}, {len(some[0])} images", "batches", "s")
+    print(f"\n{text_table(titles, by_round(model, *some))}")
 
 
 if __name__ == "__main__":
