@@ -33,14 +33,15 @@ from advreg.tables import text_table
 RANGE = {"clip_value_min": CLIP[0], "clip_value_max": CLIP[1]}
 RADII = ((0.1, 0.01), (0.3, 0.0375))  # With the size of a step.
 ITERATIONS = 20
-# A look of each, of which an attack makes as many as it is told to.
+EPSILON = 0.1
+# Attacks that look as often as they are told to.
 LOOKS = {
-    "PGD": lambda looks: PGD(0.1, iterations=looks, step_size=0.01, **RANGE),
-    "APGD": lambda looks: APGD(0.1, iterations=looks, **RANGE),
-    "Square": lambda looks: Square(0.1, queries=looks, **RANGE),
+    "PGD": lambda looks: PGD(EPSILON, iterations=looks, step_size=0.01, **RANGE),
+    "APGD": lambda looks: APGD(EPSILON, iterations=looks, **RANGE),
+    "Square": lambda looks: Square(EPSILON, queries=looks, **RANGE),
 }
 # AutoAttack, as the comparison has it, and what its rounds are.
-EPSILON, AUTO_IMAGES, AUTO_BATCH = 0.1, 200, 100
+AUTO_IMAGES, AUTO_BATCH = 200, 100
 ROUNDS = {
     "AutoAscent": "APGD",
     "AscentTowards": "APGD, towards a class",
@@ -60,13 +61,13 @@ def purpose(name):
     return next(told for told, pattern in PURPOSES if re.search(pattern, name))
 
 
-def look(attack, model, x, y):
+def look(make, model, x, y):
     """Milliseconds of the operations of a look, the judgement at the end left out."""
     twin = keras.models.clone_model(model)  # Whose functions are new to the profiler.
     twin.set_weights(model.get_weights())
 
     def run(steps):
-        attack(steps)(twin, x, y, batch_size=len(x), early_stop=False)
+        make(steps)(twin, x, y, batch_size=len(x), early_stop=False)
 
     run(1)
     longer, shorter = profiled(lambda _: run(2 * STEPS)), profiled(run)
@@ -90,7 +91,10 @@ def standing(model, x, y, epsilon, step_size, batch):
 
 
 def by_round(model, x, y):
-    """How often AutoAttack plays each kind of round, and the seconds that it takes."""
+    """How many batches AutoAttack plays each kind of round on, and the seconds spent.
+
+    They hold the tracing of each kind.
+    """
     played, seconds = collections.Counter(), collections.Counter()
     play = Scene.play
 
@@ -136,10 +140,11 @@ def main():
     settings = parse()
     model, x, y = network(settings.images, settings.epochs)
     few = x[: settings.batch], y[: settings.batch]
-    times = {
-        name: median([look(attack, model, *few) for _ in range(settings.turns)])
-        for name, attack in LOOKS.items()
-    }
+    found = {name: [] for name in LOOKS}
+    for _ in range(settings.turns):
+        for name, make in LOOKS.items():
+            found[name].append(look(make, model, *few))
+    times = {name: median(turns) for name, turns in found.items()}
     rows = [
         (told, *(f"{column.get(told, 0.0):.2f}" for column in times.values()))
         for told, _ in PURPOSES

@@ -176,7 +176,8 @@ def test_the_profile_of_a_step_adds_up():
         assert advreg - loop == pytest.approx(difference, abs=0.0016)
     # The kinds of operations are those of the first table, put together otherwise.
     kinds = [[float(cell) for cell in line[-4:]] for line in lines[12:] if line]
-    for kind, purpose in zip(zip(*kinds), zip(*cells[1:6]), strict=True):
+    sums = zip(zip(*kinds, strict=True), zip(*cells[1:6], strict=True), strict=True)
+    for kind, purpose in sums:
         assert sum(kind) == pytest.approx(sum(purpose), abs=0.006 + 0.0005 * len(kinds))
 
 
@@ -184,19 +185,20 @@ def test_the_profile_of_a_step_adds_up():
 def test_the_profile_of_an_attack_adds_up():
     options = ("--images", "32", "--batch", "16", "--epochs", "0")
     lines = rows_of("attack_profile.py", *options)
-    assert lines[0] == [*"a look at 16 images, ms PGD APGD Square".split()]
+    assert " ".join(lines[0]) == "a look at 16 images, ms PGD APGD Square"
     cells = [[float(cell) for cell in line[-3:]] for line in lines[2:7]]
     for *parts, total in zip(*cells, strict=True):
         assert sum(parts) == pytest.approx(total, abs=0.03)
-    backward, *_ = cells
-    assert min(backward[:2]) > 0 == backward[2]  # Square needs no gradient.
-    assert min(cells[2]) > 0
+    # Each is a difference of two profiles, which a pause of the machine makes negative.
+    first, rest, forward, _, _ = cells
+    assert 0.0 not in (*first[:2], *rest[:2], *forward)
+    assert first[2] == rest[2] == 0.0  # Square needs no gradient.
     for line in (lines[9], lines[12]):
         left = [float(cell) for cell in line]
         assert left[0] == 1.0
         assert len(left) == 20
         assert left == sorted(left, reverse=True)
-    assert lines[14] == [*"AutoAttack, ε 0.1, 32 images batches s".split()]
+    assert " ".join(lines[14]) == "AutoAttack, ε 0.1, 32 images batches s"
     name, batches, seconds = lines[16]
     assert (name, batches) == ("APGD", "1")
     assert float(seconds) > 0

@@ -19,7 +19,7 @@ from victims import (
 
 from advreg.attacks import PGD, Square
 from advreg.attacks.engine import Scene
-from advreg.attacks.square import Canvas, Search, _bump
+from advreg.attacks.square import Canvas, Search, _bump, _flip
 from advreg.config import NormType
 
 NORMS = ("infinity", "l2")
@@ -117,6 +117,15 @@ class TestTheSearch:
         assert np.max(norms) <= 1.5 * (1 + 1e-6)
         assert np.min(norms) > 1.2
         assert all((tried != moved[0]).any() for tried in moved[1:])
+
+
+@pytest.mark.parametrize("draw", [0.0, 0.9])
+def test_a_query_that_would_change_no_value_goes_to_the_other_ends(draw):
+    """The flags of three values, which cannot move, are no change."""
+    canvas, size = Canvas(2, 2, 1), (tf.constant(2), tf.constant(2))
+    first = tf.constant([[True, False, False, False]])
+    tried = _flip({"live": first}, first, canvas, size, tf.fill((1, 6), draw))
+    assert not tried[0, 0]
 
 
 def test_an_l2_bump_is_that_of_the_paper():

@@ -113,9 +113,9 @@ class Search(Round):
             up = ops.broadcast_to(_coins(stripes, seed) > 0, (batch, *canvas))
             corner = canvas.lay(up)
             state.update(lowest=lowest, highest=highest, corner=corner, best=corner)
-            # Values whose ends are one change nothing.
+            # Where both ends are the same value a flag changes nothing.
             state["live"] = ops.not_equal(lowest, highest)
-            start = _corner(corner, state)
+            start = _displacement(corner, state)
         else:
             tiles = _where_free(ball, canvas.lay(_tiles(canvas, batch, seed, ball)))
             start = state["best"] = ball.constrain(radius * _unit(tiles))
@@ -156,7 +156,7 @@ class Search(Round):
             "best_loss": ops.where(better, loss, rows["best_loss"]),
         }
         if corners:
-            moved["displacement"] = _corner(moved[point], rows)
+            moved["displacement"] = _displacement(moved[point], rows)
         return moved
 
 
@@ -236,8 +236,8 @@ class Square(Attack):
         return [one] * self.restarts
 
 
-def _corner(corner: Tensor, rows: Rows) -> Tensor:
-    """The displacement that takes each value to the end that its flag says."""
+def _displacement(corner: Tensor, rows: Rows) -> Tensor:
+    """Takes each value to the end that its flag says."""
     return ops.where(corner, rows["highest"], rows["lowest"])
 
 
@@ -248,19 +248,19 @@ def _flip(
     size: tuple[Tensor, Tensor],
     draws: Tensor,
 ) -> Tensor:
-    """Takes each channel of a window to one end of what is allowed there.
-
-    All is done with flags, which are a quarter of the bytes of values.
-    """
+    """Sets the flags of a window, so that each of its channels goes to one end."""
     _, _, inside = _place(canvas, size, draws[:, 0:2])
     up = draws[:, None, None, 5:] < 0.5
     now = canvas.hang(best)
-    inside = ops.logical_and(inside, canvas.hang(rows["live"]))
-    turned = ops.logical_and(inside, ops.logical_xor(now, up))
+    changed = ops.logical_and(inside, ops.not_equal(now, up))
+    changed = ops.logical_and(changed, canvas.hang(rows["live"]))
     # A query that changes nothing would be lost: it goes to the other ends.
-    lost = ops.logical_not(ops.any(turned, axis=(1, 2, 3), keepdims=True))
-    turned = ops.logical_or(turned, ops.logical_and(inside, lost))
-    return canvas.lay(ops.logical_xor(now, turned))
+    changes = ops.any(changed, axis=(1, 2, 3), keepdims=True)
+    # Cheaper than to select, for TensorFlow is slow to broadcast there.
+    kept = ops.logical_and(ops.logical_not(inside), now)
+    return canvas.lay(
+        ops.logical_or(kept, ops.logical_and(inside, ops.equal(up, changes)))
+    )
 
 
 def _move(
