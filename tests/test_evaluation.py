@@ -443,7 +443,7 @@ def test_ctrl_c_while_the_data_comes(setting, monkeypatch):
         """Whether the main thread has used up two batches, and waits for the third.
 
         In the middle of its work Ctrl-C can meet a destructor, in which Python drops
-        what is raised.
+        what is raised, or one of the places where TensorFlow catches whatever comes.
         """
         function = sys._current_frames()[main].f_code.co_name
         return len(attacked) == 2 and function == "iterator_get_next"
