@@ -431,6 +431,15 @@ def test_an_interruption_does_not_prefer_what_falls_early(setting):
     assert not report.complete
 
 
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C is heard, which a process that a shell started with `&` ignores."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_while_the_data_comes(setting, monkeypatch):
     model, y = setting
     attacked, see = [], Survey._see
