@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import keras
@@ -227,6 +227,27 @@ class BatchForm:
         if set(keys) <= self._named_outputs():
             return {key: x[key] for key in keys}, features
         return [x[key] for key in keys], features
+
+
+def on_copies(step: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Lets a step run on a copy of its batch.
+
+    TensorFlow takes an array that a generator gives as it is, without a copy. Of a
+    slice of it, as `rebatch` makes and as each replica gets, it forgets (up to 2.21 at
+    least) that the memory is not its own, and lets an operation write its result there:
+    the sum of input and perturbation would become the user's data.
+
+    Args:
+        step: A step of training or evaluation that TensorFlow runs without XLA.
+    """
+
+    def copy(leaf: Any) -> Any:
+        return tf.raw_ops.DeepCopy(x=leaf) if isinstance(leaf, tf.Tensor) else leaf
+
+    def step_on_copies(data: Any) -> Any:
+        return step(tf.nest.map_structure(copy, data, expand_composites=True))
+
+    return step_on_copies
 
 
 def _without(x: Mapping, keys: list) -> dict:

@@ -15,7 +15,7 @@ import tensorflow as tf
 from keras import ops, tree
 
 from advreg.ball import Settings
-from advreg.batches import BatchForm
+from advreg.batches import BatchForm, on_copies
 from advreg.checks import Schedule
 from advreg.config import AdvRegConfig, check_adv_config
 from advreg.convolution import cheap_input_gradients
@@ -547,6 +547,8 @@ class AdversarialRegularization(keras.Model):
         return super()._maybe_symbolic_build(iterator, data_batch)
 
     def _make_function(self, step_function: Callable[[Any], Any]) -> Any:
+        if not self.jit_compile:  # XLA writes into memory of its own.
+            step_function = on_copies(step_function)
         if spans_workers(self.distribute_strategy):
             return function_over_workers(self, step_function)
         return super()._make_function(step_function)

@@ -10,6 +10,7 @@ from models import (
     Subclassed,
     X,
     Y,
+    aligned,
     classifier,
     cross_entropy,
     labelled,
@@ -119,6 +120,44 @@ def test_every_form_of_data_trains_alike(form, named):
     for inputs in (x, {"x": x}, {"x": x, "label": y}):
         np.testing.assert_allclose(model.predict(inputs, verbose=0), clean, rtol=1e-5)
         np.testing.assert_allclose(model(inputs), clean, rtol=1e-5, atol=1e-6)
+
+
+def slices_of_what_a_generator_gives(x, y):
+    """In batches of 4, whose rows are memory of the arrays themselves."""
+    spec = [tf.TensorSpec([None, *array.shape[1:]], array.dtype) for array in (x, y)]
+    chunks = tf.data.Dataset.from_generator(
+        lambda: ((x[i : i + 16], y[i : i + 16]) for i in range(0, len(x), 16)),
+        output_signature=tuple(spec),
+    )
+    slices = chunks.rebatch(4).prefetch(2)
+    return slices.apply(tf.data.experimental.assert_cardinality(len(x) // 4))
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("fields", [{}, {"pgd_iterations": 3, "pgd_epsilon": 0.2}])
+def test_what_a_generator_gives_stays_as_it_is(jit_compile, fields):
+    x = aligned(rows(64, 16))
+    y = aligned(keras.utils.to_categorical(np.arange(64) % 4))
+    given = x.copy(), y.copy()
+    base = keras.Sequential(
+        [keras.Input((16,)), layers.Rescaling(3.0), layers.Dense(4)]
+    )
+    model = AdversarialRegularization(base, make_adv_reg_config(**fields))
+    # Smoothing would be written into labels, as rescaled features into features.
+    loss = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=0.1)
+    model.compile("sgd", loss, jit_compile=jit_compile)
+    data = slices_of_what_a_generator_gives(x, y)
+    model.fit(data, validation_data=data, shuffle=False, verbose=0)
+    np.testing.assert_array_equal(x, given[0])
+    np.testing.assert_array_equal(y, given[1])
+
+
+def test_tensorflow_still_writes_into_what_a_generator_gives():
+    """If this fails, TensorFlow has mended it: delete `batches.on_copies`."""
+    x, y = aligned(rows(64, 16)), aligned(rows(64, 4))
+    given = x.copy()
+    list(slices_of_what_a_generator_gives(x, y).map(lambda x, y: 2.0 * x))
+    assert (x != given).any()
 
 
 @pytest.mark.parametrize("form", ["argument", "tuple", "key"])
