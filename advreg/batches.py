@@ -233,9 +233,9 @@ def on_copies(step: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Lets a step run on a copy of its batch.
 
     TensorFlow takes an array that a generator gives as it is, without a copy. Of a
-    slice of it, as `rebatch` makes and as each replica gets, it forgets (up to 2.21 at
-    least) that the memory is not its own, and lets an operation write its result there:
-    the sum of input and perturbation would become the user's data.
+    slice of it, as `rebatch` makes and as each replica gets, it forgets (from 2.19 to
+    2.21 at least) that the memory is not its own, and lets an operation write its
+    result there: input plus perturbation would become the user's data.
 
     Args:
         step: A step of training or evaluation that TensorFlow runs without XLA.
