@@ -151,7 +151,8 @@ class AdversarialRegularization(model.AdversarialRegularization):
             for metric, name in zip(some, its_names, strict=True):
                 if id(metric) not in of_user:
                     metric.name = name
-        several = len(self.label_keys) > 1
+        # Keras 3.8 takes no lists of metrics for outputs in a dictionary, empty or not.
+        several = len(self.label_keys) > 1 and any(given)
         super().compile(
             optimizer,
             loss,
