@@ -1,3 +1,4 @@
+import gc
 import os
 from pathlib import Path
 
@@ -45,6 +46,14 @@ def mnist_dir(monkeypatch):
         tfds, "builder", lambda name: builder(name, data_dir=str(directory))
     )
     return directory
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forgotten():
+    """Keeps Python from looking for garbage in what hundreds of tests have left."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
