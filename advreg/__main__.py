@@ -1,8 +1,8 @@
-"""`python -m advreg`."""
+"""Runs the command line as `python -m advreg`."""
 
 import sys
 
-from advreg.cli import main
+from advreg.apps.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

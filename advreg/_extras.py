@@ -1,11 +1,11 @@
-"""Imports of what only an extra installs, where it is used."""
+"""Imports packages that only an extra installs, at the place where they are used."""
 
 import importlib
 from typing import Any
 
 
 def import_extra(module: str, extra: str) -> Any:
-    """Imports a module that an extra brings.
+    """Imports a module that an extra installs.
 
     Args:
         module: Name of the module.
@@ -15,7 +15,7 @@ def import_extra(module: str, extra: str) -> Any:
         The module.
 
     Raises:
-        ImportError: It is not installed. The message says how to install it.
+        ImportError: It is not installed. The message says how to install the extra.
     """
     try:
         return importlib.import_module(module)

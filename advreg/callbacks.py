@@ -1,36 +1,50 @@
-"""Robust accuracy while a model trains, and what to do when it collapses."""
+"""Callbacks that measure robust accuracy during training.
+
+Both measure at the end of an epoch, with the same `AttackRun` and `EvaluationRun` that
+reports use, but without their checks. Traps that they avoid:
+
+- Other callbacks read the logs that these write, so these must come first in
+  `callbacks`.
+- A mistake in the data or the attack would show only at the end of the first epoch. So
+  `on_train_begin` tries a few rows.
+- Attacks draw random numbers. The state of Python's and NumPy's generators is restored
+  afterwards, and attacks have a seed of their own. So a callback changes no training,
+  and all epochs are measured with the same random starts.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 import random
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
+from keras import tree
 
-from advreg.attacks import FGSM, Attack
-from advreg.checks import count, is_number, show
-from advreg.distribution import check_outside_of_scope
-from advreg.evaluation import Survey, classifier
-from advreg.honesty import surroundings
-from advreg.trials import Trial
+from advreg import backend
+from advreg.attacks.attack import Attack
+from advreg.attacks.fgsm import FGSM
+from advreg.attacks.foreign import ForeignAttack, as_attack
+from advreg.checks import brief, check_count, describe_value, is_number
+from advreg.evaluation.attack_run import AttackRun
+from advreg.evaluation.diagnostics import surroundings
+from advreg.evaluation.evaluation_run import EvaluationRun, classifier
+
+_ROWS = 8  # Number of examples that are tried before the first epoch.
 
 
 class _AtEpochEnd(keras.callbacks.Callback):
-    """Measures at the end of an epoch, and logs before other callbacks read the logs.
+    """Base class of callbacks that measure and log at the end of an epoch.
 
-    Where `fit` has validation data, it measures at the end of Keras's own evaluation,
-    which is before any callback hears of the end of the epoch, and goes to the front of
-    the list. Otherwise only callbacks that come later in the list see what it logs.
+    They must come first in `callbacks`, because only later callbacks see their logs. A
+    callback of Keras warns if the log that it monitors is missing.
 
     Args:
-        validation_data: What to measure on, in any form that `evaluate` takes.
+        validation_data: The data to measure on, in any form that `evaluate` takes.
         batch_size: Number of examples that go through the model at once.
         frequency: Number of epochs from one measurement to the next.
     """
@@ -38,51 +52,39 @@ class _AtEpochEnd(keras.callbacks.Callback):
     def __init__(self, validation_data: Any, batch_size: int, frequency: int) -> None:
         super().__init__()
         self._x, self._y = _unpacked(validation_data)
-        self._batch_size = count("batch_size", batch_size)
-        self._frequency = count("frequency", frequency)
-        self._epoch = 0
-        self._list: Any = None
+        self._batch_size = check_count("batch_size", batch_size)
+        self._frequency = check_count("frequency", frequency)
         self._measured: Mapping[str, float] | None = None
-        self._warned = False
 
     def measure(self) -> Mapping[str, float]:
-        """Measures the model as it is; the names are to be without `val_`."""
+        """Measures the current model.
+
+        Returns:
+            The logs, by their names without `val_`.
+        """
+        raise NotImplementedError
+
+    def attacks(self) -> Sequence[Any]:
+        """Returns the attacks under which it measures."""
         raise NotImplementedError
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Forgets another training."""
-        check_outside_of_scope(f"`fit` with a `{type(self).__name__}`")
-        self._measured, self._warned = None, False
-
-    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Waits for Keras's evaluation of the epoch, if there is to be one."""
-        self._epoch, self._measured, self._list = epoch, None, _calling_list()
-
-    def on_test_end(self, logs: Any = None) -> None:
-        """Measures after Keras's evaluation of the epoch, not after any other."""
-        callers = _calling_list()
-        if callers is None or callers is not self._list or not self._due():
-            return
-        self._measured = self.measure()
-        # A new list: Keras is going through the old one.
-        others = [one for one in callers.callbacks if one is not self]
-        callers.callbacks = [self, *others]
+        """Resets the callback, and checks that the model can be measured."""
+        backend.check_outside_of_scope(f"`fit` with a `{type(self).__name__}`")
+        self._measured = None
+        for attack in self.attacks():
+            _check_measurable(self.model, attack, self._x, self._y)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Measures, if Keras has not evaluated, and logs."""
-        if self._due():
-            if self._measured is None:
-                self._measured = self.measure()
-                self._warn_of_order()
+        """Measures and logs in every epoch that `frequency` asks for."""
+        self._measured = None
+        if (epoch + 1) % self._frequency == 0:
+            self._measured = self.measure()
             self._log(logs, new=True)
-        self._list = None
 
     def on_train_end(self, logs: Any = None) -> None:
-        """Logs the last measurement, if it is that of the last epoch."""
+        """Logs the measurement of the last epoch again, if there was one."""
         self._log(logs, new=False)
-
-    def _due(self) -> bool:
-        return (self._epoch + 1) % self._frequency == 0
 
     def _log(self, logs: Any, new: bool) -> None:
         for name, value in (self._measured or {}).items():
@@ -95,38 +97,17 @@ class _AtEpochEnd(keras.callbacks.Callback):
                 )
             logs[f"val_{name}"] = value
 
-    def _warn_of_order(self) -> None:
-        """Warns once if callbacks have read the logs before."""
-        if self._list is None or self._warned:
-            return
-        before = []
-        for callback in self._list.callbacks:
-            if callback is self:
-                break
-            if not isinstance(callback, _AtEpochEnd) and _hears_epochs(callback):
-                before.append(type(callback).__name__)
-        if not before:
-            return
-        self._warned = True
-        name, logged = type(self).__name__, self._measured or {}
-        warnings.warn(
-            f"{name} comes after {', '.join(before)} in `callbacks`, which did not see "
-            f"{' and '.join(f'val_{key}' for key in logged)}, for Keras has not "
-            f"evaluated in epoch {self._epoch + 1}. Put {name} first in `callbacks`, "
-            "or give `fit` its `validation_data`, for each epoch that is measured.",
-            stacklevel=2,
-        )
-
-    def _accuracy(self, attack: Any) -> float:
-        """The share of examples that the model gets right whatever an attack tries."""
+    def _accuracy(self, attack: Attack | ForeignAttack) -> float:
+        """Computes the accuracy under an attack."""
+        run = AttackRun(attack, self.model, "attack", self._batch_size)
+        target = classifier(self.model, attack.from_logits)
         if isinstance(self._x, np.ndarray) and isinstance(self._y, np.ndarray):
-            self._x, self._y = _dataset(self._x, self._y, self._batch_size), None
-        trial = Trial(attack, self.model, "attack", self._batch_size)
-        victim = classifier(self.model, getattr(attack, "from_logits", None))
-        survey = Survey(victim, [trial], sample_size=0)
+            size = min(self._batch_size, target.fixed_batch or self._batch_size)
+            self._x, self._y = _dataset(self._x, self._y, size), None
+        evaluation = EvaluationRun(target, [run], sample_size=0)
         with _randomness_kept():
-            survey.read(self._x, self._y, self._batch_size, verbose=0)
-        return trial.stands / survey.examples
+            evaluation.read(self._x, self._y, self._batch_size, verbose=0)
+        return run.mean_robust / evaluation.examples
 
 
 class RobustAccuracy(_AtEpochEnd):
@@ -134,20 +115,20 @@ class RobustAccuracy(_AtEpochEnd):
 
     `EarlyStopping`, `ModelCheckpoint` and `TensorBoard` can use it like any metric;
     [Rice et al., 2020](https://arxiv.org/abs/2002.11569) choose the checkpoint by it.
-    Where `fit` has validation data, its place among the callbacks does not matter;
-    without, it has to come first.
+    Put it first in `callbacks`, because only later callbacks see its log. Before the
+    first batch it checks on the first rows of the data that it can measure the model.
 
     Args:
-        attack: An attack of `advreg.attacks`, which starts every epoch from the same
-            random points, or a callable `attack(model, x, y) -> x_adv`.
-        validation_data: What to attack: `(x, y)`, a dataset, or anything else that
-            `fit` validates on and that can be read again and again. Weights count
-            nothing.
+        attack: An attack of `advreg.attacks`, which has the same random starts in every
+            epoch, or a callable `attack(model, x, y) -> x_adv`.
+        validation_data: The data to attack: `(x, y)`, a dataset, or any other
+            validation data of `fit` that can be read repeatedly. Sample weights are
+            ignored.
         batch_size: Number of examples that go through the model at once. Small batches
             are slow.
         frequency: Number of epochs from one measurement to the next. Between them
             nothing is logged, as with the `validation_freq` of `fit`.
-        name: What follows `val_` in the logs. Each callback needs its own.
+        name: Name in the logs, after `val_`. Each callback needs its own.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -173,9 +154,14 @@ class RobustAccuracy(_AtEpochEnd):
         self._attack = _seeded("attack", attack)
         if not isinstance(name, str) or not name:
             raise TypeError(
-                f"`name` must be a string that is not empty. Received: {show(name)}"
+                "`name` must be a string that is not empty. Received: "
+                f"{describe_value(name)}"
             )
         self._name = name
+
+    def attacks(self) -> Sequence[Any]:
+        """Returns the attack."""
+        return [self._attack]
 
     def measure(self) -> Mapping[str, float]:
         """Measures the accuracy under the attack."""
@@ -183,24 +169,25 @@ class RobustAccuracy(_AtEpochEnd):
 
 
 class CatastrophicOverfitting(_AtEpochEnd):
-    """Notices when a model learns to fool the single-step attack it trains with.
+    """Detects catastrophic overfitting in training with a single-step attack.
 
-    In single-step training, accuracy under iterative attacks may fall to nothing within
-    an epoch, while that under a single step rises
-    ([Wong et al., 2020](https://arxiv.org/abs/2001.03994)). Both are logged, as
-    `val_single_step_accuracy` and `val_iterative_accuracy`. A gap between them draws a
-    warning, and the action.
+    In such training, the accuracy under iterative attacks may fall to 0 within an
+    epoch, while that under a single step rises: the model learns to withstand the
+    single step only ([Wong et al., 2020](https://arxiv.org/abs/2001.03994)). Both
+    accuracies are logged, as `val_single_step_accuracy` and `val_iterative_accuracy`.
+    If the gap between them is too large, the callback warns, and does what `action`
+    says.
 
     Args:
         attack: The iterative attack, such as `PGD(epsilon=0.3, iterations=10)`.
-        validation_data: What to attack, as of `RobustAccuracy`.
+        validation_data: The data to attack. See `RobustAccuracy`.
         single_step: The single-step attack. `None` is `FGSM` of the same radius, norm,
             range, mask and loss.
         max_gap: Share of the examples by which the single-step accuracy may exceed the
             iterative one.
-        action: `"restore"` stops the training and goes back to the weights of the epoch
-            with the best iterative accuracy, `"stop"` stops, `"warn"` only warns, once
-            for each time that the gap opens.
+        action: `"restore"` stops the training and restores the weights of the epoch
+            with the best iterative accuracy, `"stop"` only stops it, `"warn"` only
+            warns, each time that the gap becomes too large.
         batch_size: Number of examples that go through the model at once.
         frequency: Number of epochs from one measurement to the next.
 
@@ -231,19 +218,24 @@ class CatastrophicOverfitting(_AtEpochEnd):
         self._single_step = _seeded("single_step", single_step)
         if not is_number(max_gap) or not 0 < max_gap <= 1:
             raise ValueError(
-                f"`max_gap` must be a number in (0, 1]. Received: {show(max_gap)}"
+                "`max_gap` must be a number in (0, 1]. Received: "
+                f"{describe_value(max_gap)}"
             )
         if action not in ("restore", "stop", "warn"):
             raise ValueError(
                 "`action` must be 'restore', 'stop' or 'warn'. Received: "
-                f"{show(action)}"
+                f"{describe_value(action)}"
             )
         self._max_gap, self._action = max_gap, action
         self._open = False
         self._best, self._best_epoch, self._best_weights = -1.0, 0, None
 
+    def attacks(self) -> Sequence[Any]:
+        """Returns both attacks."""
+        return [self._single_step, self._iterative]
+
     def on_train_begin(self, logs: Any = None) -> None:
-        """Forgets another training."""
+        """Resets the callback, and checks that the model can be measured."""
         super().on_train_begin(logs)
         self._open = False
         self._best, self._best_epoch, self._best_weights = -1.0, 0, None
@@ -256,22 +248,23 @@ class CatastrophicOverfitting(_AtEpochEnd):
         }
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Measures, logs, and acts where the gap is too wide."""
+        """Measures and logs, and acts if the gap is too large."""
         super().on_epoch_end(epoch, logs)
         if self._measured is None:
             return
         single, iterative = self._measured.values()
+        # Acts when the gap becomes too large, not again in each later epoch.
         opens = single - iterative > self._max_gap and not self._open
         self._open = single - iterative > self._max_gap
         if opens:
             self._act(epoch, single, iterative)
         elif not self._open and iterative > self._best:
             self._best, self._best_epoch = iterative, epoch
-            if self._action == "restore":
+            if self._action == "restore":  # Else no copy of the weights is needed.
                 self._best_weights = self.model.get_weights()
 
     def _act(self, epoch: int, single: float, iterative: float) -> None:
-        """Warns, and does what `action` says."""
+        """Warns, and does what the argument `action` says."""
         done = ""
         if self._action != "warn":
             self.model.stop_training = True
@@ -293,36 +286,101 @@ class CatastrophicOverfitting(_AtEpochEnd):
         )
 
 
-def _single_step(attack: Any) -> FGSM:
-    """Makes the single-step attack that belongs to an iterative one."""
-    if not isinstance(attack, Attack):
+def _check_measurable(
+    model: keras.Model, attack: Attack | ForeignAttack, x: Any, y: Any
+) -> None:
+    """Checks a model, an attack and the first rows of data before any training.
+
+    Otherwise a mistake would show only at the end of the first epoch.
+
+    Raises:
+        ValueError: They do not fit together.
+    """
+    target = classifier(model, attack.from_logits)
+    with _randomness_kept():
+        data = _first_rows(x, y)
+        if data is None:
+            return
+        features, labels = target.unpack(data)
+    if not target.base.built:
+        # This builds the model, with the random weights that the first batch would have
+        # made. Here the random state is not restored: training goes on from it.
+        with backend.creation_scope(model):
+            target.output_form(features)
+    with _randomness_kept():
+        target.classes(labels, target.output_form(features))
+        if attack.epsilon != 0:  # Radius 0 perturbs nothing, so the range is no matter.
+            attack.bind(model, None, len(tree.flatten(features)[0])).check(features)
+
+
+def _first_rows(x: Any, y: Any) -> Any:
+    """Returns the first rows of validation data, `None` where there are none to see.
+
+    A dataset gets a new iterator for this, so that measurements begin at its start.
+    """
+    if backend.is_dataset(x):
+        batch = next(iter(x), None)
+    elif isinstance(x, keras.utils.PyDataset):
+        batch = x[0]
+    else:
+        batch = (x, y)
+    leaves = tree.flatten(batch)
+    if not leaves or not all(leaf is None or _is_rows(leaf) for leaf in leaves):
+        return None
+
+    def first(leaf: Any) -> Any:
+        if leaf is None or backend.is_sparse(leaf):
+            return leaf
+        if backend.is_tensor(leaf) or backend.is_ragged(leaf):
+            return leaf[:_ROWS]
+        rows = np.asarray(leaf)[:_ROWS]
+        # Keras also casts arrays of floats to the default dtype.
+        return rows.astype(keras.backend.floatx()) if rows.dtype.kind == "f" else rows
+
+    return tree.map_structure(first, batch)
+
+
+def _is_rows(leaf: Any) -> bool:
+    """Returns whether a part of a batch is an array with a batch axis."""
+    return hasattr(leaf, "shape") and getattr(leaf, "ndim", 1) != 0
+
+
+def _single_step(attack: Attack | ForeignAttack) -> FGSM:
+    """Makes the single-step attack with the threat model of an iterative one."""
+    if not attack.is_native:
         raise ValueError(
             "`single_step` must be given where `attack` is none of `advreg.attacks`, "
-            f"whose radius and range are known. Received: attack={show(attack)}"
+            "whose radius and range are known. Received: "
+            f"attack={describe_value(attack)}"
         )
-    return FGSM(**surroundings(attack), loss=getattr(attack, "loss", None))
+    return FGSM(**surroundings(attack), loss=attack.loss)
 
 
-def _seeded(name: str, attack: Any) -> Any:
+def _seeded(name: str, attack: Any) -> Attack | ForeignAttack:
     """Checks an attack, and gives it a seed if it has none.
 
-    Epochs are then compared on the same random starts, and the random state that
-    training draws from is left alone.
+    All epochs are then measured with the same random starts, and the random state of
+    training does not change.
     """
     if isinstance(attack, type) or not callable(attack):
         raise TypeError(
             f"`{name}` must be an attack, such as `advreg.attacks.PGD(epsilon=0.1)`. "
-            f"Received: {show(attack)}"
+            f"Received: {describe_value(attack)}"
         )
-    if getattr(attack, "targeted", False):
-        raise ValueError(f"`{name}` must not be targeted. Received: {attack!r}")
+    attack = as_attack(attack)
+    if attack.targeted:
+        raise ValueError(f"`{name}` must not be targeted. Received: {brief(attack)}")
     if isinstance(attack, Attack) and attack.seed is None:
         return dataclasses.replace(attack, seed=0)
     return attack
 
 
 def _unpacked(data: Any) -> tuple[Any, Any]:
-    """Checks validation data, and takes it apart as `fit` does."""
+    """Checks validation data, and takes them apart as `fit` does.
+
+    Returns:
+        `x`, and `y` or `None`.
+    """
     if isinstance(data, (tuple, list)):
         if not 1 <= len(data) <= 3:
             raise ValueError(
@@ -337,21 +395,18 @@ def _unpacked(data: Any) -> tuple[Any, Any]:
     if x is None:
         raise ValueError(
             "`validation_data` must be what to attack: `(x, y)`, or a dataset. "
-            f"Received: {data!r}"
+            f"Received: {brief(data)}"
         )
     if isinstance(x, Iterator):
         raise TypeError(
             "`validation_data` is read again and again, which an iterator or generator "
-            "does not allow: pass arrays, a `tf.data.Dataset` or a "
-            f"`keras.utils.PyDataset`. Received: {show(x)}"
+            "does not allow: pass arrays, a `tf.data.Dataset`, a `DataLoader` of "
+            f"PyTorch or a `keras.utils.PyDataset`. Received: {describe_value(x)}"
         )
-    if (
-        isinstance(x, tf.data.Dataset)
-        and x.cardinality() == tf.data.INFINITE_CARDINALITY
-    ):
+    if backend.is_dataset(x) and backend.is_infinite(x):
         raise ValueError(
             "`validation_data` must end, which a dataset that repeats for ever does "
-            f"not: use its `take`. Received: {x!r}"
+            f"not: use its `take`. Received: {brief(x)}"
         )
     return x, y
 
@@ -364,24 +419,24 @@ def _check_lengths(x: np.ndarray, y: np.ndarray) -> None:
         )
 
 
-def _dataset(x: np.ndarray, y: np.ndarray, batch_size: int) -> tf.data.Dataset:
-    """Makes once what Keras would make of arrays anew in every epoch.
+def _dataset(x: np.ndarray, y: np.ndarray, batch_size: int) -> Any:
+    """Makes a dataset of arrays, once, where Keras would do so in every epoch.
 
-    Like Keras, it brings floats to the default type.
+    Like Keras, it casts floats to the default dtype.
     """
     x, y = (
         part.astype(keras.backend.floatx()) if part.dtype.kind == "f" else part
         for part in (x, y)
     )
-    return tf.data.Dataset.from_tensor_slices((x, y)).batch(batch_size)
+    return backend.dataset_of_arrays((x, y), batch_size)
 
 
 @contextlib.contextmanager
 def _randomness_kept() -> Iterator[None]:
-    """Gives training back the random state that it had.
+    """Restores the random state of Python and NumPy, as a context manager.
 
-    Keras takes the seed of a generator that is given none from Python, and attacks that
-    are not of this library draw from NumPy.
+    Keras takes the seed of a generator without one from Python, and attacks that are
+    not of this library draw from NumPy.
     """
     state, numpy_state = random.getstate(), np.random.get_state()
     try:
@@ -389,24 +444,3 @@ def _randomness_kept() -> Iterator[None]:
     finally:
         random.setstate(state)
         np.random.set_state(numpy_state)
-
-
-def _calling_list() -> Any:
-    """The `CallbackList` that calls the callback just now, `None` where none does.
-
-    Keras tells a callback its model, but not which training calls it, nor who else is
-    listening.
-    """
-    frame = inspect.currentframe()
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, keras.callbacks.CallbackList):
-            return caller
-        frame = frame.f_back
-    return None
-
-
-def _hears_epochs(callback: keras.callbacks.Callback) -> bool:
-    """Whether a callback does anything at the end of an epoch."""
-    heard = getattr(callback.on_epoch_end, "__func__", callback.on_epoch_end)
-    return heard is not keras.callbacks.Callback.on_epoch_end

@@ -1,9 +1,10 @@
-"""The demo's data: scikit-learn's digits, and image classification from TFDS."""
+"""Loads the data of the demo: scikit-learn's digits, and image datasets of TFDS."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.util
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ _DIGITS_TEST_IMAGES = 500
 
 
 class DatasetError(ValueError):
-    """A dataset is unknown, is not there, or is not image classification."""
+    """Raised if a dataset is unknown, missing, or is not image classification."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -22,7 +23,7 @@ class ImageDataset:
     """Images and their labels, split into training and test data.
 
     Args:
-        name: Name that `load` knows the dataset by.
+        name: Name of the dataset, as `load` takes it.
         x_train: Float32 images of shape `[n, height, width, channels]` in [0, 1].
         y_train: Integer labels of shape `[n]`.
         x_test: Images to test on.
@@ -44,11 +45,10 @@ def load(name: str) -> ImageDataset:
     """Loads a dataset for image classification into memory.
 
     Args:
-        name: `"digits"`, scikit-learn's embedded 8×8 digits, which need no download;
-            or the name of a dataset of TensorFlow Datasets (TFDS), such as `"mnist"`
-            or `"cifar10"`. TFDS downloads what is not in the directory that the
-            environment variable TFDS_DATA_DIR names, by default
-            `~/tensorflow_datasets`.
+        name: `"digits"`, scikit-learn's embedded 8×8 digits, which need no download; or
+            the name of a dataset of TensorFlow Datasets (TFDS), such as `"mnist"` or
+            `"cifar10"`. TFDS downloads a dataset that is not yet in the directory of
+            the environment variable TFDS_DATA_DIR, by default `~/tensorflow_datasets`.
 
     Returns:
         An `ImageDataset`. The split of the digits is stratified and always the same.
@@ -91,6 +91,12 @@ def _load_digits() -> ImageDataset:
 
 def _load_tfds(name: str) -> ImageDataset:
     tfds = import_extra("tensorflow_datasets", "demo")
+    if importlib.util.find_spec("tensorflow") is None:
+        raise ImportError(
+            "TensorFlow Datasets reads its files by TensorFlow, whatever the backend "
+            "of Keras: python -m pip install tensorflow, or choose the dataset "
+            f"'digits'. Received: the dataset {name!r}, and no TensorFlow"
+        )
     builder = _tfds_builder(tfds, name)
     label = _check_features(tfds, name, builder.info)
     _prepare(name, builder)
@@ -118,7 +124,7 @@ def _tfds_builder(tfds: Any, name: str) -> Any:
             "A dataset must be 'digits' or one of TensorFlow Datasets. Received: "
             f"{name!r}, which is neither.{hint}"
         ) from None
-    # Versions and configurations that do not exist raise a different type each.
+    # Missing versions and missing configurations raise errors of different types.
     except Exception as error:
         raise DatasetError(
             f"TensorFlow Datasets cannot make the dataset {name!r}: {_one_line(error)}"
@@ -128,7 +134,7 @@ def _tfds_builder(tfds: Any, name: str) -> Any:
 def _check_features(tfds: Any, name: str, info: Any) -> Any:
     """Checks that a dataset maps images of one shape to classes; returns the label."""
     keys = info.supervised_keys
-    # The keys may be missing, three of them, or structures.
+    # The keys may be missing, or be three, or structures.
     if keys is not None and len(keys) == 2 and all(isinstance(k, str) for k in keys):
         image, label = (info.features[key] for key in keys)
         if (
@@ -149,7 +155,7 @@ def _check_features(tfds: Any, name: str, info: Any) -> Any:
 def _prepare(name: str, builder: Any) -> None:
     try:
         builder.download_and_prepare()
-    # What a failed download raises depends on what failed; some are no `OSError`.
+    # A failed download may raise many types of errors, some of which are no `OSError`.
     except Exception as error:
         raise DatasetError(
             f"The dataset {name!r} is not in {str(builder.data_path)!r} and cannot be "

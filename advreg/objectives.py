@@ -1,4 +1,14 @@
-"""What the adversarial term measures: the labelled loss, a divergence, or one's own."""
+"""Objectives: the adversarial term of the training loss, and the loss that is attacked.
+
+Training minimises `clean_weight * labelled loss + multiplier * objective.loss(batch)`.
+The attack perturbs the inputs so that `objective.attack(batch)` grows. An objective
+gets a `Batch`, and never the model: the labelled loss at the perturbed features, and,
+if it asks for them, the logits of each output for clean and for perturbed features.
+
+`Output.mean` averages values over a batch. It does what Keras's own losses do with
+sample weights, masks, several outputs and replicas, so that an objective needs only the
+formula of its paper.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +20,9 @@ from typing import Any
 import keras
 from keras import ops
 
-from advreg.checks import length, show
-from advreg.distribution import weigh
-
-Tensor = Any  # a tensor of the Keras backend
+from advreg import backend
+from advreg._types import Tensor
+from advreg.checks import brief, check_nonnegative, describe_value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,14 +31,14 @@ class Output:
 
     Args:
         labels: Labels of this output, as `fit` received them.
-        clean_logits: Logits for clean features, float32 at least, with the classes as
-            last axis. To an attack they are constants. `None` where the objective has
-            `uses_clean = False`.
-        adversarial_logits: The same for perturbed features.
+        clean_logits: Logits for clean features, in float32 at least, with the classes
+            as last axis. During an attack they have no gradient. `None` where the
+            objective has `uses_clean = False`.
+        adversarial_logits: Logits for perturbed features, in the same form.
         sample_weight: Weights of the examples, or `None`.
-        predictions: What the model returned for perturbed features.
-        loss_weight: Weight of this output, of the `loss_weights` of `compile`.
-        share: Weight of this replica's mean among those of all replicas.
+        predictions: The outputs of the model for perturbed features.
+        loss_weight: Weight of this output, from the `loss_weights` of `compile`.
+        share: Weight of this replica's mean, `None` if it is the only one.
     """
 
     labels: Tensor
@@ -41,23 +50,28 @@ class Output:
     share: Tensor | None = None
 
     def mean(self, values: Tensor, weighted: bool = True) -> Tensor:
-        """Averages as Keras's losses do: with sample weights, without masked steps.
+        """Averages values as Keras's losses do: with sample weights, without padding.
 
-        Where there are several outputs, the mean has the weight of this one.
+        The mean is multiplied by the weight of this output.
 
         Args:
             values: Tensor of the shape of the logits without their last axis.
             weighted: Whether sample weights count.
+
+        Returns:
+            A scalar in `keras.config.floatx()`.
         """
         weights = self.sample_weight if weighted else None
         given = _Given(name="given", dtype=values.dtype)
+        # `predictions` carry the mask of padded time steps.
         mean = self.loss_weight * given(values, self.predictions, weights)
-        mean = weigh(mean, self.share)
-        # As a compiled loss, to which it may be added, whatever the model's dtype.
+        mean = backend.scale_mean(mean, self.share)
+        # Compiled losses have this dtype, whatever that of the model, and the mean may
+        # be added to one.
         return ops.cast(mean, keras.config.floatx())
 
     def classes(self) -> Tensor:
-        """The true classes as one-hot rows, in the shape and dtype of the logits."""
+        """Returns the labels as one-hot rows, in the shape and dtype of the logits."""
         shape, dtype = self.adversarial_logits.shape, self.adversarial_logits.dtype
         labels = self.labels
         if len(labels.shape) == len(shape) and labels.shape[-1] == shape[-1]:
@@ -68,12 +82,16 @@ class Output:
 
 
 class Batch:
-    """What an objective may look at.
+    """The values that an objective is computed from.
+
+    Both are functions, because an objective that does not ask for logits must also work
+    with losses that say nothing about logits.
 
     Args:
-        outputs: Makes the list of outputs, for objectives that need logits.
-        labeled_loss: Computes the compiled loss of the predictions for perturbed
-            features, with the sample weights.
+        outputs: Function that makes the list of outputs, for objectives that need
+            logits.
+        labeled_loss: Function that computes the compiled loss of the predictions for
+            perturbed features, with the sample weights.
     """
 
     def __init__(
@@ -95,11 +113,11 @@ class Batch:
 
 
 class Objective:
-    """What the adversarial term of the loss is, and what its attack makes grow.
+    """Base class of objectives: the adversarial term, and the loss that is attacked.
 
     Write one of your own as a subclass that is registered with
-    `keras.saving.register_keras_serializable` and has a `loss`; a frozen dataclass
-    needs nothing more, others need a `get_config`.
+    `keras.saving.register_keras_serializable` and has a method `loss`. A frozen
+    dataclass needs nothing more; other classes need a `get_config`.
 
     Example:
     >>> @keras.saving.register_keras_serializable("mine")
@@ -114,26 +132,31 @@ class Objective:
     ...         return total
     """
 
-    # Whether the loss looks at the predictions for clean features.
+    # Whether the loss needs the predictions for clean features.
     uses_clean = True
-    # Whether the attack's gradient vanishes at the clean features themselves.
+    # Whether the gradient of the attack is 0 at the clean features, as that of a
+    # divergence from the clean predictions is, so that the attack must start elsewhere.
     needs_random_init = False
-    # Whether examples of weight 0 count, as those without a label.
+    # Whether examples of weight 0, such as those without a label, are used too.
     uses_unlabeled = False
 
     def attack(self, batch: Batch) -> Tensor:
-        """Returns the scalar that the perturbation makes grow: the labelled loss."""
+        """Returns the scalar that the attack increases: here the labelled loss."""
         return batch.labeled_loss
 
     def loss(self, batch: Batch) -> Tensor:
-        """Returns the scalar that training is to make small."""
+        """Returns the scalar that training minimises, a subclass's own.
+
+        Args:
+            batch: The `Batch`.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define `loss`.")
 
     def get_config(self) -> dict[str, Any]:
         """Returns the fields of a dataclass.
 
         Raises:
-            NotImplementedError: The class has arguments, and is none.
+            NotImplementedError: The class has arguments, and is no dataclass.
         """
         if not dataclasses.is_dataclass(self):
             if type(self).__init__ is not object.__init__:
@@ -157,8 +180,9 @@ class Objective:
 class LabeledLoss(Objective):
     """The compiled loss at the perturbed features.
 
-    [Goodfellow et al., 2014](https://arxiv.org/abs/1412.6572); with
-    `clean_weight=0.0`, [Madry et al., 2017](https://arxiv.org/abs/1706.06083).
+    This is the objective of [Goodfellow et al., 2014](https://arxiv.org/abs/1412.6572),
+    and with `clean_weight=0.0` that of
+    [Madry et al., 2017](https://arxiv.org/abs/1706.06083).
     """
 
     uses_clean = False
@@ -171,12 +195,12 @@ class LabeledLoss(Objective):
 @keras.saving.register_keras_serializable(package="advreg")
 @dataclasses.dataclass(frozen=True)
 class Trades(Objective):
-    """How far perturbed predictions are from the clean ones, in both directions.
+    """The divergence of perturbed predictions from the clean ones (TRADES).
 
-    The Kullback-Leibler divergence of
-    [Zhang et al., 2019](https://arxiv.org/abs/1901.08573), `KL(clean ‖ perturbed)`,
-    which the attack makes grow and training makes small through both predictions. Its
-    weight, the β or 1/λ of the paper, is the `multiplier`.
+    It is the Kullback-Leibler divergence `KL(clean ‖ perturbed)` of
+    [Zhang et al., 2019](https://arxiv.org/abs/1901.08573). The attack increases it, and
+    training decreases it, with gradients through both predictions. Its weight, the β or
+    1/λ of the paper, is the `multiplier`.
     """
 
     needs_random_init = True
@@ -193,11 +217,11 @@ class Trades(Objective):
 @keras.saving.register_keras_serializable(package="advreg")
 @dataclasses.dataclass(frozen=True)
 class Mart(Objective):
-    """The cross-entropy boosted by the margin, and a divergence where labels are hard.
+    """A boosted cross-entropy, and a divergence that is weighted by example (MART).
 
-    [Wang et al., 2020](https://openreview.net/forum?id=rklOg6EFwS): examples that the
-    clean model misclassifies count more. It holds the labelled term, so
-    `clean_weight` is to be 0.
+    In [Wang et al., 2020](https://openreview.net/forum?id=rklOg6EFwS) examples that the
+    model misclassifies without a perturbation count more. The loss includes the
+    labelled term, so set `clean_weight=0.0`.
 
     Args:
         beta: Weight of the divergence, the λ of the paper, not negative.
@@ -206,10 +230,14 @@ class Mart(Objective):
     beta: float = 5.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "beta", length("beta", self.beta))
+        object.__setattr__(self, "beta", check_nonnegative("beta", self.beta))
 
     def loss(self, batch: Batch) -> Tensor:
-        """Returns the loss of the paper."""
+        """Computes the loss of the paper.
+
+        Raises:
+            ValueError: The model has several outputs.
+        """
         outputs = batch.outputs
         if len(outputs) != 1:
             raise ValueError(
@@ -222,7 +250,8 @@ class Mart(Objective):
         clean = ops.log_softmax(output.clean_logits)
         moved = ops.log_softmax(output.adversarial_logits)
         own = ops.sum(classes * moved, -1)
-        # log(1 - p) of the best other class, without the rounding of 1 - p.
+        # log(1 - p) of the most probable other class, as the logarithm of the sum of
+        # all probabilities but p: 1 - p would round to 0.
         best = ops.argmax(ops.where(classes > 0.5, -math.inf, moved), -1)
         best = ops.one_hot(best, moved.shape[-1], dtype="bool")
         rest = ops.logsumexp(ops.where(best, -math.inf, moved), -1)
@@ -234,11 +263,11 @@ class Mart(Objective):
 @keras.saving.register_keras_serializable(package="advreg")
 @dataclasses.dataclass(frozen=True)
 class VirtualAdversarial(Objective):
-    """How far perturbed predictions are from the clean ones, which stay as they are.
+    """The divergence of perturbed predictions from the clean ones, taken as constants.
 
-    The local distributional smoothness of
-    [Miyato et al., 2018](https://arxiv.org/abs/1704.03976). It needs no labels:
-    examples without one, which have any label and the sample weight 0, count as well.
+    It is the local distributional smoothness of
+    [Miyato et al., 2018](https://arxiv.org/abs/1704.03976). It needs no labels: give
+    examples without a label any label, and the sample weight 0. They are used too.
     """
 
     needs_random_init = True
@@ -249,15 +278,16 @@ class VirtualAdversarial(Objective):
         return self.loss(batch)
 
     def loss(self, batch: Batch) -> Tensor:
-        """Returns the divergence, of all examples."""
+        """Returns the divergence, averaged over all examples without sample weights."""
         return _divergence(batch, constant=True, weighted=False)
 
 
 @keras.saving.register_keras_serializable(package="advreg")
 @dataclasses.dataclass(frozen=True)
 class LogitPairing(Objective):
-    """The labelled loss at perturbed features, and the distance of the logits.
+    """The labelled loss at perturbed features, and the distance between the logits.
 
+    This is the adversarial logit pairing of
     [Kannan et al., 2018](https://arxiv.org/abs/1803.06373).
 
     Args:
@@ -267,7 +297,7 @@ class LogitPairing(Objective):
     weight: float = 0.5
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "weight", length("weight", self.weight))
+        object.__setattr__(self, "weight", check_nonnegative("weight", self.weight))
 
     def loss(self, batch: Batch) -> Tensor:
         """Returns the sum of both terms."""
@@ -298,19 +328,25 @@ def check_objective(value: Any) -> Objective:
         if value not in OBJECTIVES:
             raise ValueError(
                 f"`objective` must be one of {sorted(OBJECTIVES)}, or an "
-                f"`advreg.Objective`. Received: {value!r}"
+                f"`advreg.Objective`. Received: {brief(value)}"
             )
         return OBJECTIVES[value]()
     if not isinstance(value, Objective):
         raise TypeError(
             f"`objective` must be a name out of {sorted(OBJECTIVES)}, or an "
-            f"`advreg.Objective`. Received: {show(value)}"
+            f"`advreg.Objective`. Received: {describe_value(value)}"
         )
     return value
 
 
 def _divergence(batch: Batch, constant: bool = False, weighted: bool = True) -> Tensor:
-    """The Kullback-Leibler divergence of the perturbed predictions from the clean."""
+    """Computes the divergence `KL(clean ‖ perturbed)` of the predictions.
+
+    Args:
+        batch: The `Batch`.
+        constant: Whether the clean predictions have no gradient.
+        weighted: Whether sample weights count.
+    """
     total = 0.0
     for output in batch.outputs:
         clean = output.clean_logits
@@ -322,7 +358,7 @@ def _divergence(batch: Batch, constant: bool = False, weighted: bool = True) -> 
 
 
 class _Given(keras.losses.Loss):
-    """Reduces values that are known already in the way of Keras's losses."""
+    """A Keras loss of given values, of which only the reduction is used."""
 
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
         del y_pred

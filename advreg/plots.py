@@ -1,4 +1,4 @@
-"""Figures. Matplotlib is imported where one is drawn, and no window is opened."""
+"""Draws figures. Matplotlib is imported only when one is drawn, and opens no window."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+from keras import ops
 
 from advreg._extras import import_extra
-from advreg.checks import Schedule, count, show
-from advreg.config import AdvRegConfig, NormType
+from advreg._types import Schedule
+from advreg.checks import brief, check_count, describe_value
+from advreg.config.configs import AdvRegConfig
+from advreg.config.norms import NormType
 
 RIGHT = "green"
 WRONG = "red"
@@ -21,7 +24,7 @@ Classes: TypeAlias = Sequence[int] | np.ndarray
 # Matplotlib is an extra, and the annotations must not need it.
 _Figure: TypeAlias = Any
 _Axes: TypeAlias = Any
-_Report: TypeAlias = Any  # A `RobustnessReport`, which comes here to be drawn.
+_Report: TypeAlias = Any  # A `RobustnessReport`, whose module imports this one.
 
 
 def figure_class() -> type:
@@ -34,11 +37,11 @@ def figure_class() -> type:
 
 
 def check_format(path: Path) -> None:
-    """Checks that Matplotlib can write a figure of the format that a name ends in.
+    """Checks that Matplotlib can write the format in which a file name ends.
 
     Raises:
         ImportError: The extra `demo` is not installed.
-        ValueError: It cannot.
+        ValueError: Matplotlib cannot write it.
     """
     kind = path.suffix[1:].lower()
     known = figure_class()().canvas.get_supported_filetypes()
@@ -58,16 +61,16 @@ def perturbation_grid(
     title: str | None = None,
     figure: _Figure | None = None,
 ) -> _Figure:
-    """Draws clean and perturbed images with what each network takes them for.
+    """Draws clean and perturbed images with the predictions of several networks.
 
-    Each example is a column: the clean image above, the perturbed one below, and under
-    each image one line per network, green where its prediction is right, red where it
-    is wrong.
+    Each example is a column: the clean image above, the perturbed one below. Under each
+    image there is one line per network, green if its prediction is right, red if it is
+    wrong.
 
     Args:
         clean: Images in [0, 1] of shape `[n, height, width, channels]`, with one or
             three channels.
-        perturbed: Their adversarial neighbours, of the same shape.
+        perturbed: The perturbed images, of the same shape.
         labels: The `n` true classes.
         predictions: For each network, by its name, the `n` classes that it predicts
             for the clean images and the `n` for the perturbed ones.
@@ -93,6 +96,7 @@ def perturbation_grid(
         labels,
         {f"predictions[{name!r}]": pair for name, pair in predictions.items()},
     )
+    clean, perturbed = map(_array, (clean, perturbed))
     name = _namer(class_names)
     if figure is None:
         longest = max(len(name(int(index))) for index in labels)
@@ -132,19 +136,19 @@ def perturbation_panels(
 ) -> _Figure:
     """Draws clean image, perturbation and perturbed image of each example in a row.
 
-    All perturbations have one scale, from minus to plus the largest change of a pixel:
-    of grey images blue is darker and red is lighter, of RGB images the perturbation is
-    magnified around grey. Under the images stands what the network takes them for,
-    green where it is right, red where it is wrong.
+    All perturbations have one scale, from minus to plus the largest change of a pixel.
+    For grey images blue means darker and red lighter. For RGB images the perturbation
+    is magnified around grey. Under the images are the predictions, green if right, red
+    if wrong.
 
     Args:
         clean: Images in [0, 1] of shape `[n, height, width, channels]`, with one or
             three channels.
-        perturbed: Their adversarial neighbours, of the same shape.
+        perturbed: The perturbed images, of the same shape.
         labels: The `n` true classes.
         predictions: The `n` classes that the network predicts for the clean images, and
             the `n` for the perturbed ones.
-        confidences: The probabilities, in [0, 1], that it gives these predictions.
+        confidences: The probabilities, in [0, 1], of these predictions.
         class_names: Names of the classes, by default their numbers.
         title: Title of the figure.
         figure: Matplotlib figure to draw into, by default a new one of fitting size.
@@ -168,6 +172,7 @@ def perturbation_panels(
     if confidences is not None:
         paired["confidences"] = confidences
     _check_lengths(len(clean), labels, paired)
+    clean, perturbed = map(_array, (clean, perturbed))
     name = _namer(class_names)
     texts = [
         [name(int(index)) for index in part]
@@ -224,12 +229,13 @@ def robustness_curves(
 ) -> _Axes:
     """Draws accuracy against radius, with its 95 % confidence interval.
 
-    Of one report each attack is a line, and the worst case over all attacks another.
-    Of several, each report is a line: its worst case. Every norm has a line of its own.
+    For one report, each attack is a line, and the worst case over all attacks is
+    another. For several reports, each is a line: its worst case. Every norm has lines
+    of its own.
 
     Args:
-        reports: A `RobustnessReport`, or several by the names that the legend gives
-            them.
+        reports: A `RobustnessReport`, or a dictionary of them. Its keys are the names
+            in the legend.
         ax: Matplotlib axes to draw into, by default those of a new figure.
 
     Returns:
@@ -284,15 +290,15 @@ def schedules(
     steps: int,
     figure: _Figure | None = None,
 ) -> _Figure:
-    """Draws what schedules make of configurations over the steps of the optimizer.
+    """Draws the values of schedules in configurations over the steps of the optimizer.
 
-    Each field that is a schedule in one of them has a panel of its own, and each
-    configuration that sets it a line in there.
+    Each field that is a schedule in one of them has a panel, with a line for each
+    configuration that sets it.
 
     Args:
-        configs: An `AdvRegConfig`, or several by the names that the legend gives them.
-        steps: Number of steps to look at, as of the training: batches of an epoch
-            times epochs.
+        configs: An `AdvRegConfig`, or a dictionary of them. Its keys are the names in
+            the legend.
+        steps: Number of steps to draw. A training takes batches per epoch times epochs.
         figure: Matplotlib figure to draw into, by default a new one of fitting size.
 
     Returns:
@@ -308,7 +314,7 @@ def schedules(
     >>> figure = schedules(AdvRegConfig.fast(ramp), steps=2000)
     >>> figure.savefig("schedules.png")
     """
-    steps = count("steps", steps)
+    steps = check_count("steps", steps)
     named = configs if isinstance(configs, Mapping) else {"": configs}
     values = {name: _numbers(config) for name, config in named.items()}
     fields = [
@@ -319,7 +325,7 @@ def schedules(
     if not fields:
         raise ValueError(
             "`configs` must hold a `LearningRateSchedule`: there is nothing to draw. "
-            f"Received: {configs!r}"
+            f"Received: {brief(configs)}"
         )
     if figure is None:
         size = (6.4, 1.2 + 2.2 * len(fields))
@@ -345,11 +351,11 @@ def schedules(
 
 
 def _numbers(config: Any) -> dict[str, Any]:
-    """The fields of a configuration that may be schedules."""
+    """Returns the fields of a configuration that may be schedules."""
     if not isinstance(config, AdvRegConfig):
         raise TypeError(
             "`configs` must be an `AdvRegConfig`, or a dictionary of them by name. "
-            f"Received: {show(config)}"
+            f"Received: {describe_value(config)}"
         )
     neighbor = config.adv_neighbor_config
     return {
@@ -365,7 +371,7 @@ def _curves_title(
     reports: _Report | Mapping[str, _Report],
 ) -> str:
     if not isinstance(reports, Mapping):
-        # To Matplotlib a dollar sign begins a formula.
+        # Matplotlib would read text between dollar signs as a formula.
         return textwrap.fill(reports.subject.replace("$", r"\$"), 60)
     counts = {report.examples for report in reports.values()}
     on = f" on {counts.pop():,} examples" if len(counts) == 1 else ""
@@ -378,14 +384,14 @@ def _check_reports(reports: Any) -> None:
         if not all(hasattr(report, name) for name in ("results", "worst_cases")):
             raise TypeError(
                 "`reports` must be a `RobustnessReport`, or a dictionary of them by "
-                f"name. Received: {show(report)}"
+                f"name. Received: {describe_value(report)}"
             )
 
 
 def _curves(
     reports: _Report | Mapping[str, _Report],
 ) -> dict[str, list[tuple[float, Any]]]:
-    """Gathers the lines of a figure: radii and accuracies, the clean one at 0."""
+    """Returns the lines of a figure: radii and accuracies, with the clean one at 0."""
     if isinstance(reports, Mapping):
         many = [
             (report.clean, name, line)
@@ -405,12 +411,17 @@ def _curves(
     if not curves:
         raise ValueError(
             "`reports` must hold an attack with a radius: there is nothing to draw. "
-            f"Received: {reports!r}"
+            f"Received: {brief(reports)}"
         )
     return {
         name: sorted(curve.items(), key=lambda point: point[0])
         for name, curve in curves.items()
     }
+
+
+def _array(images: Any) -> np.ndarray:
+    """Returns images as an array, also if they are tensors that ask for a gradient."""
+    return images if isinstance(images, np.ndarray) else ops.convert_to_numpy(images)
 
 
 def _check_images(clean: np.ndarray, perturbed: np.ndarray) -> None:
@@ -433,7 +444,7 @@ def _check_lengths(
     labels: Classes,
     paired: Mapping[str, tuple[Any, Any]],
 ) -> None:
-    """Checks labels, and what comes for clean and for perturbed images."""
+    """Checks the lengths of labels, and of pairs for clean and perturbed images."""
     lengths = {"labels": [len(labels)]}
     for name, pair in paired.items():
         lengths[name] = [len(part) for part in pair]
@@ -449,7 +460,7 @@ def _check_lengths(
 
 
 def _namer(class_names: Sequence[str] | None) -> Callable[[int], str]:
-    """Makes a function that names a class."""
+    """Makes a function from the number of a class to its name."""
 
     def name(index: int) -> str:
         return str(index) if class_names is None else str(class_names[index])
@@ -458,13 +469,13 @@ def _namer(class_names: Sequence[str] | None) -> Callable[[int], str]:
 
 
 def _size(columns: int, longest_name: int, lines: int) -> tuple[float, float]:
-    """Width and height in inches that leave room for the text."""
+    """Returns width and height in inches that leave room for the text."""
     column = max(1.1, 0.35 + 0.085 * longest_name)
     return 1.3 + column * columns, 1.0 + 2 * (column + 0.2 * lines)
 
 
 def _panels_size(rows: int, longest_text: int, with_bar: bool) -> tuple[float, float]:
-    """Width and height in inches of three columns of images and their texts."""
+    """Returns width and height in inches of three columns of images and their texts."""
     column = max(1.5, 0.35 + 0.085 * longest_text)
     return 0.3 + 3 * column, (1.4 if with_bar else 0.7) + rows * (column + 0.6)
 
@@ -479,7 +490,7 @@ def _draw_image(ax: Any, image: np.ndarray) -> None:
 
 
 def _draw_change(ax: Any, change: np.ndarray, largest: float) -> None:
-    """Draws a perturbation, 0 in the middle of the scale."""
+    """Draws a perturbation, with 0 in the middle of the scale."""
     scale = largest or 1.0
     if change.shape[-1] == 1:
         ax.imshow(
@@ -499,7 +510,7 @@ def _scale_in_words(largest: float, channels: int) -> str:
     marks = "Predictions: green ✓ right, red ✗ wrong"
     if not largest:
         return f"{marks}. No pixel is perturbed"
-    if channels == 1:  # The colour bar says it.
+    if channels == 1:  # The colour bar shows the scale.
         return marks
     return (
         f"{marks}. Perturbations are magnified {0.5 / largest:.3g} times around grey: "
@@ -508,7 +519,7 @@ def _scale_in_words(largest: float, channels: int) -> str:
 
 
 def _draw_prediction(ax: Any, line: int, name: str, right: bool) -> None:
-    # The mark says in black and white what the colour says.
+    # The mark shows what the colour shows, also in black and white.
     ax.annotate(
         f"{name} {'✓' if right else '✗'}",
         xy=(0.5, 0.0),
@@ -538,7 +549,7 @@ def _draw_row_names(ax: Any, row: str, networks: Iterable[str]) -> None:
 
 
 def _write(write: Callable[..., Any], text: str, size: int) -> None:
-    """Writes a line across the figure, in as many lines as its width asks for."""
+    """Writes a text across the figure, wrapped to its width."""
     artist = write("", fontsize=size)
     points = 72 * artist.get_figure().get_figwidth()
     artist.set_text(textwrap.fill(text, max(20, int(points / (0.6 * size)))))

@@ -1,69 +1,57 @@
-"""What robust accuracy during `fit` costs.
+"""Measures what robust accuracy during `fit` costs.
 
 Prints the median ratio of the time of one measurement by `RobustAccuracy`, with PGD-10
 on 1,000 test images of MNIST, to that of a hand-written `tf.function` that makes ten
 forward and backward passes over the same images in batches of the same size, and
 nothing else. The two sides take turns in one run.
 
-    python benchmarks/robust_accuracy_cost.py [--turns 20] [--batch 32 256]
+    python benchmarks/robust_accuracy_cost.py [--quick]
 
-Images that the attack has fooled drop out, and those of the plain network do so after a
-few steps. So there are two networks, trained on 10,000 images for an epoch or two: a
-plain one, and one regularised by PGD, on which most images stay to the end. That one
-is the honest comparison.
+Images that the attack has fooled drop out, and those of a plain network do so after a
+few steps. So there are two networks, trained on 10,000 images: a plain one, and one
+regularised by PGD, on which most images stay to the end: the honest comparison.
 """
 
 import argparse
+import functools
 import os
-import statistics
-import time
+from statistics import median
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
 import numpy as np
 import tensorflow as tf
+from keras_side import build, compiled, cross_entropy
+from turns import seconds, table, take_turns
 
 import advreg
 from advreg import datasets
 from advreg.attacks import PGD
 from advreg.callbacks import RobustAccuracy
-from advreg.demo import mnist_network
 
 ITERATIONS, RADIUS = 10, 0.1
+RANGE = {"clip_value_min": 0.0, "clip_value_max": 1.0}
 
 
-def cross_entropy():
-    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-
-
-def plain(data, images):
+def plain(x, y):
     keras.utils.set_random_seed(0)
-    model = mnist_network((28, 28, 1), 10)
-    model.compile("adam", cross_entropy())
-    model.fit(data.x_train[:images], data.y_train[:images], verbose=0)
+    model = compiled(build("mnist"))
+    model.fit(x, y, verbose=0)
     return model
 
 
-def robust(data, images):
-    model = plain(data, images)
-    config = advreg.make_adv_reg_config(
-        multiplier=1.0,
-        adv_step_size=RADIUS / 2,
-        adv_grad_norm="infinity",
-        pgd_iterations=3,
-        pgd_epsilon=RADIUS,
-        clip_value_min=0.0,
-        clip_value_max=1.0,
-    )
-    wrapped = advreg.AdversarialRegularization(model, config)
-    wrapped.compile("adam", cross_entropy())
-    wrapped.fit(data.x_train[:images], data.y_train[:images], verbose=0)
+def robust(x, y):
+    model = plain(x, y)
+    steps = {"adv_step_size": RADIUS / 2, "pgd_iterations": 3, "pgd_epsilon": RADIUS}
+    steps |= {"adv_grad_norm": "infinity", **RANGE}
+    config = advreg.make_adv_reg_config(1.0, **steps)
+    compiled(advreg.AdversarialRegularization(model, config)).fit(x, y, verbose=0)
     return model
 
 
 def passes(model, x, y, batch):
-    """Ten forward and backward passes over the images, to their gradient alone."""
+    """Returns a function of ten passes over the images, to their gradient alone."""
     loss_fn = cross_entropy()
     batches = list(tf.data.Dataset.from_tensor_slices((x, y)).batch(batch))
 
@@ -77,55 +65,34 @@ def passes(model, x, y, batch):
             x += 1e-6 * tf.sign(tape.gradient(loss, x))
         return x
 
-    def run():
-        for part in batches:
-            result = ten(*part)
-        return np.asarray(result)
-
-    return run
-
-
-def seconds(side):
-    start = time.perf_counter()
-    side()
-    return time.perf_counter() - start
+    return lambda: np.asarray([ten(*part) for part in batches][-1])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--turns", type=int, default=20)
-    parser.add_argument("--batch", type=int, nargs="+", default=[32, 256])
-    parser.add_argument("--images", type=int, default=1000)
-    parser.add_argument("--training-images", type=int, default=10_000)
-    arguments = parser.parse_args()
+    parser.add_argument("--quick", action="store_true", help="few images, one turn")
+    quick = parser.parse_args().quick
+    turns, images, training = (1, 64, 256) if quick else (20, 1000, 10_000)
     data = datasets.load("mnist")
-    x, y = data.x_test[: arguments.images], data.y_test[: arguments.images]
-    attack = PGD(RADIUS, iterations=ITERATIONS, clip_value_min=0.0, clip_value_max=1.0)
-    print(
-        f"{'network':8} {'batch':>5} {'standing':>8} {'passes ms':>9} {'advreg ms':>9}"
-        f" {'ratio':>6}"
-    )
+    x, y = data.x_test[:images], data.y_test[:images]
+    attack, rows = PGD(RADIUS, iterations=ITERATIONS, **RANGE), []
     for make in (plain, robust):
-        model = make(data, arguments.training_images)
-        for batch in arguments.batch:
+        model = make(data.x_train[:training], data.y_train[:training])
+        for batch in (32,) if quick else (32, 256):
             callback = RobustAccuracy(attack, (x, y), batch_size=batch)
             callback.set_model(model)
-            sides = (passes(model, x, y, batch), callback.measure)
-            for side in sides:  # Tracing and warming up stay out.
-                side()
+            runs = {"loop": passes(model, x, y, batch), "advreg": callback.measure}
+            sides = {
+                side: functools.partial(seconds, run) for side, run in runs.items()
+            }
+            # Tracing and warming up stay out.
+            loop, own = take_turns(sides, turns, warm=1).values()
+            ratio = median(a / b for a, b in zip(own, loop, strict=True))
             (standing,) = callback.measure().values()
-            turns = [
-                [seconds(side) * 1e3 for side in sides] for _ in range(arguments.turns)
-            ]
-            loop, advreg_ = (
-                statistics.median(side) for side in zip(*turns, strict=True)
-            )
-            ratio = statistics.median(b / a for a, b in turns)
-            print(
-                f"{make.__name__:8} {batch:5} {standing:8.3f} {loop:9.0f} "
-                f"{advreg_:9.0f} {ratio:6.2f}",
-                flush=True,
-            )
+            ms = [f"{median(side) * 1e3:.0f}" for side in (loop, own)]
+            rows.append([make.__name__, batch, f"{standing:.3f}", *ms, f"{ratio:.2f}"])
+    head = ["network", "batch", "standing", "passes ms", "advreg ms", "ratio"]
+    print(table(head, rows))
 
 
 if __name__ == "__main__":

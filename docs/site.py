@@ -1,7 +1,7 @@
-"""What the site needs beside its pages.
+"""Adds to the site what MkDocs does not find in `docs`.
 
-As a hook of MkDocs it makes pages of what stands outside of `docs`: the README, the
-tutorials, and others. As an extension of Griffe it finds the examples of docstrings.
+As a hook of MkDocs, it makes pages of files outside of `docs`: the README, the
+tutorials, and others. As an extension of Griffe, it finds the examples in docstrings.
 """
 
 import re
@@ -24,7 +24,7 @@ PAGES = {
 
 @event_priority(100)  # Before the plugin that looks for notebooks.
 def on_files(files, config):
-    """Adds the pages to those that were found."""
+    """Adds the pages of `PAGES` and the tutorials to the files of the site."""
     for source, page in PAGES.items():
         if source.endswith(".md"):
             text = (ROOT / source).read_text(encoding="utf-8")
@@ -36,7 +36,7 @@ def on_files(files, config):
 
 
 def relinked(text):
-    """Points links of what stands outside of `docs` to the pages of the site."""
+    """Points the links of a file outside of `docs` to the pages of the site."""
 
     def page(link):
         target = link[1].removeprefix("../")
@@ -46,7 +46,7 @@ def relinked(text):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Points links of `docs` to what stands outside of it to the pages of the site."""
+    """Points links from `docs` to files outside of it to the pages of the site."""
 
     def inside(link):
         return f"]({PAGES[link[1]]}" if link[1] in PAGES else link[0]
@@ -55,10 +55,10 @@ def on_page_markdown(markdown, page, config, files):
 
 
 class Examples(griffe.Extension):
-    """Reads the examples of Keras's docstrings as those of Google's style."""
+    """Reads examples in Keras's style of docstrings as examples in Google's style."""
 
     def on_instance(self, *, obj, **kwargs):
-        """Changes the docstring of an object, where it ends in an example."""
+        """Rewrites the docstring of an object if it ends in an example."""
         if obj.docstring is not None:
             text, heading, example = obj.docstring.value.partition("\nExample:\n")
             if heading:

@@ -7,28 +7,27 @@ import json
 import pathlib
 import re
 
-import compare
 import keras
 import numpy as np
 import pytest
-from comparison import curves, pages, works
-from models import classifier
-from test_nsl_configs import NAMES
-from test_parity import CASES
+from helpers.cases import CASES
+from helpers.models import classifier
+from helpers.nsl_names import NAMES
 
 import advreg
-from advreg import attacks, honesty
+from advreg import attacks
+from advreg.config.presets import Presets
+from advreg.evaluation import diagnostics
 from advreg.objectives import OBJECTIVES
-from advreg.presets import Presets
 
 TESTS = pathlib.Path(__file__).parent
-COMPARISON = json.loads((TESTS.parent / "benchmarks" / "compare.json").read_text())
 TABLE = (TESTS.parent / "docs" / "keras.md").read_text()
 ROWS = [line.split("|")[1:-1] for line in TABLE.splitlines() if line.startswith("| ")]
 
 
 def functions_of(module):
-    tree = ast.parse((TESTS / f"{module}.py").read_text())
+    (path,) = TESTS.rglob(f"{module}.py")
+    tree = ast.parse(path.read_text())
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
@@ -46,11 +45,34 @@ def test_each_row_is_proved_by_tests_that_exist(row):
             assert function in functions_of(module)
 
 
+BACKENDS = (TESTS.parent / "docs" / "backends.md").read_text()
+PROMISES = [
+    line.split("|")[1:-1]
+    for line in BACKENDS.splitlines()
+    if line.startswith("| ") and "`test_" in line
+]
+
+
+@pytest.mark.parametrize("row", PROMISES, ids=lambda row: row[0].strip()[:40])
+def test_what_works_on_a_backend_is_proved_on_it(row):
+    *_, proof = row
+    for name in re.findall(r"`(test_[^`]+)`", proof):
+        module, _, function = name.partition(".")
+        (path,) = TESTS.rglob(f"{module}.py")
+        assert not function or function in functions_of(module)
+        if module != "test_distribution":  # Strategies are TensorFlow's.
+            assert "every_backend" in path.read_text()
+
+
+def test_backends_has_promises():
+    assert len(PROMISES) > 9
+
+
 def test_the_page_on_evaluation_names_all_attacks_and_checks():
     page = (TESTS.parent / "docs" / "evaluation.md").read_text()
     first = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
     named = set(re.findall(r"`(\w+)", " ".join(first)))
-    assert {*attacks.__all__, *honesty.CHECKS} <= named | {"Attack"}
+    assert {*attacks.__all__, *diagnostics.CHECKS} <= named | {"Attack"}
 
 
 def test_each_case_of_the_grid_is_in_a_row():
@@ -126,50 +148,6 @@ def test_the_recipes_show_the_rows_that_are_kept():
     ]
     shown = re.findall(r"^\| `\w+` \| 0\..*$", page, re.MULTILINE)
     assert shown == measured
-
-
-def test_the_comparison_that_is_kept_is_whole():
-    settings = compare.parse([])
-    assert COMPARISON["sizes"] == compare.beginning(settings)["sizes"]
-    assert COMPARISON["failures"] == []
-    measured = {result["name"]: result for result in COMPARISON["works"]}
-    for work in compare.all_there_is(settings):
-        assert set(measured.pop(work.name)["values"]) == set(work.sides)
-    assert not measured
-    drawn = [curve["name"] for curve in COMPARISON["curves"]]
-    assert drawn == [curve.name for curve in curves.curves()]
-    results = COMPARISON["works"] + COMPARISON["curves"]
-    assert all(re.fullmatch(r"[0-9a-f]{7,}", result["commit"]) for result in results)
-
-
-def test_ratios_that_are_shown_are_those_of_attacks_as_strong():
-    for result in COMPARISON["works"]:
-        assert not any(works.is_weaker(result, peer) for peer in result["ratios"])
-
-
-def test_the_page_on_costs_shows_what_is_kept():
-    page = (TESTS.parent / "docs" / "costs.md").read_text()
-    parts = pages.parts(COMPARISON)
-    for part in parts:
-        assert f"\n\n{part}\n\n" in page
-    lines = "\n".join(parts).splitlines()
-    assert rows_of(page.splitlines()) == rows_of(lines)  # And no others.
-    assert pages.summary(COMPARISON) in (TESTS.parent / "README.md").read_text()
-
-
-def test_the_profile_names_all_targets_that_are_missed():
-    profile = (TESTS.parent / "benchmarks" / "PROFILE.md").read_text()
-    row = r"^\| `(\S+/.*)` \| (.*) \| (.*) \| (.*) \|$"
-    shown = re.findall(row, profile, re.MULTILINE)
-    assert shown == [
-        (line["work"], line["peer"], str(line["most"]), f"{line['measured']:.2f}")
-        for line in COMPARISON["targets"]
-        if line["met"].startswith("NO")
-    ]
-
-
-def rows_of(lines):
-    return sorted(line for line in lines if line.startswith("| "))
 
 
 def entries_of_the_reference():

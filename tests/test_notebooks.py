@@ -1,23 +1,10 @@
 import json
 
 import pytest
+from helpers.notebooks import notebook
 
-from advreg.migrate import notebooks
-from advreg.migrate.notebooks import cells_of, lines_of, python_of, replace
-
-
-def notebook(*cells, **more):
-    return {
-        "cells": [
-            {"cell_type": "code", "metadata": {}, "outputs": [], "source": source}
-            for source in cells
-        ],
-        "metadata": {},
-        "nbformat": 4,
-        "nbformat_minor": 0,
-        **more,
-    }
-
+from advreg.nsl.migrate import notebooks
+from advreg.nsl.migrate.notebooks import cells_of, lines_of, python_of, replace
 
 SOURCES = [
     ["import os\n", "print('<a ä\t😀 \"quoted\"')"],

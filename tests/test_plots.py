@@ -7,7 +7,9 @@ import pytest
 from keras.optimizers.schedules import PiecewiseConstantDecay, PolynomialDecay
 
 from advreg import AdvRegConfig, make_adv_reg_config, plots
-from advreg.report import Accuracy, RobustnessReport
+from advreg.evaluation.report import Accuracy, RobustnessReport
+
+pytestmark = pytest.mark.every_backend
 
 matplotlib = pytest.importorskip("matplotlib")
 

@@ -1,4 +1,4 @@
-"""Attacks on one model with what was made to fool another."""
+"""The transfer attack: examples made to fool one model, used against another."""
 
 from __future__ import annotations
 
@@ -7,22 +7,28 @@ from typing import Any
 
 import keras
 
-from advreg.attacks.base import Attack
-from advreg.attacks.victim import Victim
-from advreg.checks import Constraint, show
-from advreg.config import NormType
+from advreg._types import Constraint
+from advreg.attacks.arguments import check_runs_eagerly
+from advreg.attacks.attack import Attack
+from advreg.attacks.engine.target import TargetModel
+from advreg.attacks.foreign import ForeignAttack, as_attack
+from advreg.checks import check_model, describe_value
+from advreg.config.norms import NormType
+from advreg.network.preprocessing import preprocessing_off
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Transfer:
     """A black-box attack: examples made to fool one model, used against any other.
 
-    The attacked model is not looked at: only its data are taken apart as it would.
+    The attacked model is not evaluated. It only says how data are taken apart.
 
     Args:
-        attack: What makes the examples: an `Attack`, or anything that is called like
-            one.
-        source_model: The Keras 3 model that they are made to fool.
+        attack: The attack that makes the examples: an `Attack`, or a callable with the
+            same arguments.
+        source_model: The Keras 3 model that the examples are made to fool. Its network
+            gets the same input as the network of the attacked model. Preprocessing that
+            the source model does in its own `fit` is left out.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -35,55 +41,55 @@ class Transfer:
     attack: Any
     source_model: keras.Model
 
-    uses_gradient = False  # Of the model that it is used against.
+    uses_gradient = False  # That of the attacked model is not used.
 
     def __post_init__(self) -> None:
         if not callable(self.attack) or isinstance(self.attack, type):
             raise TypeError(
                 "`attack` must be an attack, such as `PGD(epsilon=0.3)`. Received: "
-                f"{show(self.attack)}"
+                f"{describe_value(self.attack)}"
             )
-        if not isinstance(self.source_model, keras.Model):
-            raise TypeError(
-                "`source_model` must be a Keras 3 model, an instance of `keras.Model`. "
-                f"Received: {show(self.source_model)}"
-            )
+        check_model("source_model", self.source_model)
 
     @property
     def name(self) -> str:
-        """What reports call it."""
-        name = getattr(self.attack, "name", type(self.attack).__name__)
-        return f"{name} on {self.source_model.name}"
+        """Name in reports."""
+        return f"{self._described.name} on {self.source_model.name}"
 
     @property
     def epsilon(self) -> float | None:
         """Radius of the ball, `None` where the attack has none."""
-        return getattr(self.attack, "epsilon", None)
+        return self._described.epsilon
 
     @property
     def norm(self) -> NormType | None:
         """Norm of the ball, `None` where the attack has none."""
-        return getattr(self.attack, "norm", None)
+        norm = self._described.norm
+        return None if norm is None else NormType(norm)
 
     @property
     def clip_value_min(self) -> Constraint:
         """Smallest value of a perturbed feature."""
-        return getattr(self.attack, "clip_value_min", None)
+        return self._described.clip_value_min
 
     @property
     def clip_value_max(self) -> Constraint:
         """Largest value of a perturbed feature."""
-        return getattr(self.attack, "clip_value_max", None)
+        return self._described.clip_value_max
 
     @property
     def targeted(self) -> bool:
         """Whether labels are the classes to reach."""
-        return getattr(self.attack, "targeted", False)
+        return self._described.targeted
 
     @property
-    def iterations_per_round(self) -> int:
-        """How many steps the attack takes from one start."""
-        return getattr(self.attack, "iterations_per_round", 1)
+    def iterations_per_start(self) -> int:
+        """Number of steps of the attack from one start."""
+        return self._described.iterations_per_start
+
+    @property
+    def _described(self) -> Attack | ForeignAttack:
+        return as_attack(self.attack)
 
     def with_epsilon(self, epsilon: float) -> Transfer:
         """Returns the same attack at another radius.
@@ -94,10 +100,10 @@ class Transfer:
         Raises:
             TypeError: The attack has no radius.
         """
-        if not hasattr(self.attack, "with_epsilon"):
+        if not self._described.has_radius:
             raise TypeError(
                 "`epsilon` cannot be set for an attack without `with_epsilon`. "
-                f"Received: attack={show(self.attack)}"
+                f"Received: attack={describe_value(self.attack)}"
             )
         return dataclasses.replace(self, attack=self.attack.with_epsilon(epsilon))
 
@@ -108,20 +114,24 @@ class Transfer:
 
         Args:
             model: The model that they are used against, wrapped or not.
-            x: Features, as of any attack.
-            y: Labels, as of any attack.
+            x: Features. See `Attack.__call__`.
+            y: Labels. See `Attack.__call__`.
             batch_size: Number of examples that go through the source model at once.
 
         Returns:
-            The perturbed features as NumPy arrays, as of the attack.
+            The perturbed features as NumPy arrays, as `attack` returns them.
 
         Raises:
             TypeError: `model` is not a Keras 3 model.
-            ValueError: What `attack` raises.
+            ValueError: `attack` raises it.
         """
-        features, y = Victim(model).unpack((x, y))
+        check_runs_eagerly("`Transfer`")
+        features, y = TargetModel(model).unpack((x, y))
         options: dict[str, Any] = {"batch_size": batch_size}
         if isinstance(self.attack, Attack):
-            # What has barely fooled its own model seldom fools another.
+            # An example that stopped just beyond the boundary of its own model seldom
+            # fools another one.
             options["early_stop"] = False
-        return self.attack(self.source_model, features, y, **options)
+        # Both networks get the same input, preprocessed by the attacked model.
+        with preprocessing_off(TargetModel(self.source_model).base):
+            return self.attack(self.source_model, features, y, **options)

@@ -1,4 +1,4 @@
-"""What Neural Structured Learning has and advreg does not, and where to find it."""
+"""Explains names that Neural Structured Learning has and advreg has not."""
 
 from collections.abc import Callable, Mapping
 from typing import NoReturn
@@ -16,12 +16,12 @@ ESTIMATORS = (
 
 
 def absent(module: str, reasons: Mapping[str, str]) -> Callable[[str], NoReturn]:
-    """Makes the `__getattr__` of a module that says why a name is not there.
+    """Makes the `__getattr__` of a module, whose error says why a name is missing.
 
     Args:
         module: Name of the module.
-        reasons: For each name that Neural Structured Learning has there, why advreg
-            does not have it, and where to go.
+        reasons: For each missing name of Neural Structured Learning, why advreg does
+            not have it, and what to use instead.
     """
 
     def look_up(name: str) -> NoReturn:

@@ -1,22 +1,28 @@
-"""Distances between the outputs of a model, as Neural Structured Learning has them."""
+"""Distances between outputs of a model, as in Neural Structured Learning."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import tensorflow as tf
+from keras import ops
 
-from advreg.geometry import Tensor
+from advreg._types import Tensor
+from advreg.backend import BACKEND, to_tensor
+from advreg.nsl._reductions import Reduction
 from advreg.nsl.configs import DistanceConfig, DistanceType, TransformType
 
-_REDUCTION = tf.compat.v1.losses.Reduction.SUM_BY_NONZERO_WEIGHTS
+if TYPE_CHECKING or BACKEND == "tensorflow":
+    from advreg.nsl import _tensorflow as losses
+else:
+    from advreg.nsl import _elsewhere as losses
+
+_COLLECTION = "losses"  # `tf.compat.v1.GraphKeys.LOSSES`
 # The reductions that divide by the number of values.
 _MEANS = (
-    tf.compat.v1.losses.Reduction.MEAN,
-    tf.compat.v1.losses.Reduction.SUM_BY_NONZERO_WEIGHTS,
-    tf.compat.v1.losses.Reduction.SUM_OVER_BATCH_SIZE,
-    tf.compat.v1.losses.Reduction.SUM_OVER_NONZERO_WEIGHTS,
+    Reduction.MEAN,
+    Reduction.SUM_BY_NONZERO_WEIGHTS,
+    Reduction.SUM_OVER_BATCH_SIZE,
 )
 
 
@@ -26,7 +32,7 @@ def pairwise_distance_wrapper(
     weights: Tensor | float = 1.0,
     distance_config: DistanceConfig | None = None,
 ) -> Tensor:
-    """Measures how far targets are from their sources.
+    """Computes the distance between sources and targets.
 
     Args:
         sources: Float tensor.
@@ -45,18 +51,17 @@ def pairwise_distance_wrapper(
     """
     config = DistanceConfig() if distance_config is None else distance_config
     kind, axis = DistanceType(config.distance_type), config.sum_over_axis
-    sources, targets = tf.convert_to_tensor(sources), tf.convert_to_tensor(targets)
-    _check_axis(axis, sources.shape.rank)
+    sources, targets = to_tensor(sources), to_tensor(targets)
+    _check_axis(axis, len(sources.shape))
     if TransformType(config.transform_fn) is TransformType.SOFTMAX:
-        sources, targets = (tf.nn.softmax(side, axis) for side in (sources, targets))
+        sources, targets = (losses.softmax(side, axis) for side in (sources, targets))
     arguments: dict[str, Any] = {
         "weights": weights,
         "reduction": config.reduction,
         "loss_collection": None,
     }
-    losses = tf.compat.v1.losses
     if kind is DistanceType.COSINE:
-        unit = (tf.nn.l2_normalize(side, axis) for side in (sources, targets))
+        unit = (losses.l2_normalize(side, axis) for side in (sources, targets))
         return losses.cosine_distance(*unit, axis=axis, **arguments)
     if kind is DistanceType.KL_DIVERGENCE:
         return kl_divergence(sources, targets, axis, **arguments)
@@ -68,13 +73,13 @@ def pairwise_distance_wrapper(
         distance = losses.mean_squared_error(sources, targets, **arguments)
     if axis is None or config.reduction not in _MEANS:
         return distance
-    shape = tf.convert_to_tensor(weights).shape
-    if shape.rank and shape[axis] != 1:
+    shape = to_tensor(weights).shape
+    if len(shape) and shape[axis] != 1:
         raise ValueError(
             f"`weights` must be of size 1 along `sum_over_axis`, which is {axis}. "
-            f"Received shape: {shape}"
+            f"Received shape: {tuple(shape)}"
         )
-    return distance * tf.cast(tf.shape(sources)[axis], distance.dtype)
+    return distance * ops.cast(ops.shape(sources)[axis], distance.dtype)
 
 
 def kl_divergence(
@@ -83,26 +88,27 @@ def kl_divergence(
     axis: int | None = None,
     weights: Tensor | float = 1.0,
     scope: str | None = None,
-    loss_collection: str | None = tf.compat.v1.GraphKeys.LOSSES,
-    reduction: str = _REDUCTION,
+    loss_collection: str | None = _COLLECTION,
+    reduction: str = Reduction.SUM_BY_NONZERO_WEIGHTS,
 ) -> Tensor:
     """Computes the Kullback-Leibler divergence `KL(labels ‖ predictions)`.
 
     Args:
         labels: Probabilities that sum to 1 along `axis`.
-        predictions: The same, of the same shape.
-        axis: The axis of the classes.
+        predictions: Probabilities likewise, of the same shape.
+        axis: The axis of the classes. It must be given.
         weights: Scalar, or tensor that broadcasts to the divergences, whose size along
             `axis` is 1.
-        scope: Name of the operations.
-        loss_collection: Collection of the graph that the loss is added to.
+        scope: Name of the operations in TensorFlow's graph.
+        loss_collection: Collection of TensorFlow's graph to which the loss is added.
         reduction: One of `tf.compat.v1.losses.Reduction`.
 
     Returns:
         The weighted divergence in float32: a scalar unless `reduction` is `NONE`.
 
     Raises:
-        tf.errors.InvalidArgumentError: An argument holds no probabilities.
+        tf.errors.InvalidArgumentError: An argument holds no probabilities. On JAX and
+            PyTorch that is a `ValueError`.
         ValueError: `axis` is missing or out of range, or shapes differ.
     """
     return _divergence(
@@ -123,18 +129,28 @@ def jensen_shannon_divergence(
     axis: int | None = None,
     weights: Tensor | float = 1.0,
     scope: str | None = None,
-    loss_collection: str | None = tf.compat.v1.GraphKeys.LOSSES,
-    reduction: str = _REDUCTION,
+    loss_collection: str | None = _COLLECTION,
+    reduction: str = Reduction.SUM_BY_NONZERO_WEIGHTS,
 ) -> Tensor:
     """Computes the Jensen-Shannon divergence of labels and predictions.
 
-    Args: as those of `kl_divergence`.
+    Args:
+        labels: Probabilities that sum to 1 along `axis`. See `kl_divergence` for all
+            arguments.
+        predictions: Probabilities likewise, of the same shape.
+        axis: The axis of the classes. It must be given.
+        weights: Scalar, or tensor that broadcasts to the divergences.
+        scope: Name of the operations in TensorFlow's graph.
+        loss_collection: Collection of TensorFlow's graph to which the loss is added.
+        reduction: One of `tf.compat.v1.losses.Reduction`.
 
     Returns:
         The weighted divergence in float32: a scalar unless `reduction` is `NONE`.
 
     Raises:
-        tf.errors.InvalidArgumentError, ValueError: As of `kl_divergence`.
+        tf.errors.InvalidArgumentError: An argument holds no probabilities. On JAX and
+            PyTorch that is a `ValueError`.
+        ValueError: `axis` is missing or out of range, or shapes differ.
     """
     return _divergence(
         lambda p, q: (_kl(p, (p + q) / 2) + _kl(q, (p + q) / 2)) / 2,
@@ -158,28 +174,25 @@ def _divergence(
     loss_collection: str | None,
     reduction: str,
 ) -> Tensor:
-    """Sums a formula over the classes of two distributions, weighs and reduces."""
+    """Computes a divergence: the weighted, reduced sum of a formula over classes."""
     if axis is None:
         raise ValueError("`axis` must say along which axis the classes lie.")
-    labels, predictions = (tf.cast(side, tf.float32) for side in (labels, predictions))
-    labels.shape.assert_is_compatible_with(predictions.shape)
-    _check_axis(axis, labels.shape.rank)
-    checks = []
-    for name, side in (("labels", labels), ("predictions", predictions)):
-        message = f"`{name}` must be probabilities that sum to 1 along the axis {axis}."
-        total = tf.reduce_sum(side, axis)
-        checks.append(tf.debugging.assert_non_negative(side, message))
-        checks.append(tf.debugging.assert_near(total, 1.0, message=message))
-    with tf.name_scope(scope), tf.control_dependencies(checks):
-        divergence = tf.reduce_sum(formula(labels, predictions), axis, keepdims=True)
-        return tf.compat.v1.losses.compute_weighted_loss(
+    labels, predictions = (
+        ops.cast(to_tensor(side), "float32") for side in (labels, predictions)
+    )
+    losses.check_same_shape(labels, predictions)
+    _check_axis(axis, len(labels.shape))
+    sides = {"labels": labels, "predictions": predictions}
+    with losses.probabilities(scope, sides, axis):
+        divergence = ops.sum(formula(labels, predictions), axis, keepdims=True)
+        return losses.compute_weighted_loss(
             divergence, weights, scope, loss_collection, reduction
         )
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """The terms of the divergence, with a little added so that 0 has a logarithm."""
-    return p * (tf.math.log(p + 1e-7) - tf.math.log(q + 1e-7))
+    """Returns the terms of the divergence, with 1e-7 added to avoid the log of 0."""
+    return p * (ops.log(p + 1e-7) - ops.log(q + 1e-7))
 
 
 def _check_axis(axis: int | None, rank: int) -> None:

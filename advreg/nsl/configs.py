@@ -1,7 +1,8 @@
-"""`nsl.configs`: what a user of Neural Structured Learning sets.
+"""`nsl.configs`: the configurations of Neural Structured Learning.
 
-The configurations of adversarial regularisation are advreg's own, and checked as these
-are; but their fields can be assigned, as NSL's users are used to.
+Those of adversarial regularisation are subclasses of advreg's own, with the same
+checks. But their fields can be assigned, as in NSL. An assignment makes a new
+configuration with the value, which checks it, and takes over the checked value.
 """
 
 from __future__ import annotations
@@ -12,12 +13,20 @@ import sys
 from typing import Any
 
 import keras
-import tensorflow as tf
 
-from advreg import config
-from advreg.checks import Constraint, Number, count, is_number, length, show
-from advreg.config import NormType
+from advreg._types import Constraint, Number
+from advreg.checks import (
+    brief,
+    check_count,
+    check_nonnegative,
+    describe_value,
+    is_number,
+)
+from advreg.config import configs as config
+from advreg.config.norms import NormType
+from advreg.config.serialization import SerializableConfig
 from advreg.nsl._absent import FUSION, GRAPHS, absent
+from advreg.nsl._reductions import Reduction
 from advreg.objectives import Objective
 
 __all__ = [
@@ -51,11 +60,9 @@ __getattr__ = absent(
 
 configs = sys.modules[__name__]  # NSL's inner module.
 
-_Reduction = tf.compat.v1.losses.Reduction
-
 
 class _Type(enum.Enum):
-    """An enumeration that lists its members as NSL's do."""
+    """An enumeration with the method `all` of NSL's enumerations."""
 
     @classmethod
     def all(cls) -> list[Any]:
@@ -66,12 +73,12 @@ class _Type(enum.Enum):
     def _missing_(cls, value: object) -> Any:
         raise ValueError(
             f"A `{cls.__name__}` must be one of {[member.value for member in cls]}. "
-            f"Received: {value!r}"
+            f"Received: {brief(value)}"
         )
 
 
 class AdvTargetType(_Type):
-    """Which class a targeted attack aims at."""
+    """The class that a targeted attack aims at."""
 
     SECOND = "second"
     LEAST = "least"
@@ -80,7 +87,7 @@ class AdvTargetType(_Type):
 
 
 class DistanceType(_Type):
-    """How `nsl.lib.pairwise_distance_wrapper` measures."""
+    """The distance that `nsl.lib.pairwise_distance_wrapper` computes."""
 
     L1 = "l1"
     L2 = "l2"
@@ -90,24 +97,24 @@ class DistanceType(_Type):
 
 
 class TransformType(_Type):
-    """What is done to both sides before a distance is measured."""
+    """The transformation of both sides before a distance is computed."""
 
     SOFTMAX = "softmax"
     NONE = "none"
 
 
 class DecayType(_Type):
-    """How `nsl.lib.decay_over_time` decays."""
+    """The formula by which `nsl.lib.decay_over_time` decays."""
 
     EXPONENTIAL_DECAY = "exponential_decay"
     INVERSE_TIME_DECAY = "inverse_time_decay"
     NATURAL_EXP_DECAY = "natural_exp_decay"
 
 
-class _Assignable(config._Config):
-    """Lets the fields of a frozen configuration be assigned, each value checked."""
+class _Assignable(SerializableConfig):
+    """Base class that makes fields of a frozen configuration assignable."""
 
-    __hash__ = None  # type: ignore[assignment]  # What can change has none.
+    __hash__ = None  # type: ignore[assignment]  # Mutable objects have no hash.
 
     def __setattr__(self, name: str, value: Any) -> None:
         names = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
@@ -121,24 +128,28 @@ class _Assignable(config._Config):
 
 @keras.saving.register_keras_serializable(package="advreg.nsl")
 class AdvNeighborConfig(_Assignable, config.AdvNeighborConfig):
-    """How an adversarial neighbour is found: `advreg.AdvNeighborConfig`, assignable.
+    """`advreg.AdvNeighborConfig` with fields that can be assigned.
 
-    Args: as those of `advreg.AdvNeighborConfig`.
+    As in NSL, the step size may be 0, and the radius larger than the clip range. See
+    `advreg.AdvNeighborConfig` for the arguments.
     """
+
+    _strict = False
 
 
 @keras.saving.register_keras_serializable(package="advreg.nsl")
 class AdvRegConfig(_Assignable, config.AdvRegConfig):
-    """How much the adversarial loss counts: `advreg.AdvRegConfig`, assignable.
+    """`advreg.AdvRegConfig` with fields that can be assigned.
 
-    What is assigned after training has begun takes effect with the next `fit`.
+    A value that is assigned during training takes effect with the next `fit`.
 
     Args:
-        multiplier: As of `advreg.AdvRegConfig`.
+        multiplier: Weight of the adversarial loss. See `advreg.AdvRegConfig`, as for
+            all arguments.
         adv_neighbor_config: An `AdvNeighborConfig`; `None` for one with defaults.
-        objective: As of `advreg.AdvRegConfig`, like all that follows.
+        objective: The adversarial term of the loss.
         clean_weight: Weight of the labelled loss on clean inputs.
-        weight_perturbation: How far the weights move before the gradient is taken.
+        weight_perturbation: Size of the adversarial weight perturbation.
     """
 
     def __init__(
@@ -174,7 +185,7 @@ def make_adv_reg_config(
 ) -> AdvRegConfig:
     """Makes an `AdvRegConfig` from the fields of both configurations.
 
-    Args: as those of `advreg.make_adv_reg_config`.
+    See `advreg.make_adv_reg_config` for the arguments.
 
     Returns:
         An `AdvRegConfig`, whose fields can be assigned.
@@ -199,7 +210,7 @@ def make_adv_reg_config(
 
 @dataclasses.dataclass
 class AdvTargetConfig:
-    """Which class `nsl.lib.get_target_indices` chooses.
+    """The choice of `nsl.lib.get_target_indices`.
 
     Args:
         target_method: An `AdvTargetType`, or its value.
@@ -215,41 +226,42 @@ class AdvTargetConfig:
 
 @dataclasses.dataclass
 class DistanceConfig:
-    """How `nsl.lib.pairwise_distance_wrapper` measures a distance.
+    """The settings of `nsl.lib.pairwise_distance_wrapper`.
 
     Args:
         distance_type: A `DistanceType`, or its value.
-        reduction: One of `tf.compat.v1.losses.Reduction`.
-        sum_over_axis: The axis over which differences add up, as those of a vector;
-            `None` for the mean over all values.
+        reduction: One of `tf.compat.v1.losses.Reduction`, which are strings.
+        sum_over_axis: The axis of vectors, along which differences are summed; `None`
+            for the mean over all values.
         transform_fn: A `TransformType`, or its value.
     """
 
     distance_type: DistanceType | str = DistanceType.L2
-    reduction: str = _Reduction.SUM_BY_NONZERO_WEIGHTS
+    reduction: str = Reduction.SUM_BY_NONZERO_WEIGHTS
     sum_over_axis: int | None = None
     transform_fn: TransformType | str = TransformType.NONE
 
     def __post_init__(self) -> None:
         self.distance_type = DistanceType(self.distance_type)
         self.transform_fn = TransformType(self.transform_fn)
-        if self.reduction not in (reductions := _Reduction.all()):
+        if self.reduction not in (reductions := Reduction.all()):
             raise ValueError(
-                f"`reduction` must be one of {reductions}. Received: {self.reduction!r}"
+                f"`reduction` must be one of {reductions}. Received: "
+                f"{brief(self.reduction)}"
             )
 
 
 @dataclasses.dataclass
 class DecayConfig:
-    """How `nsl.lib.decay_over_time` makes a value smaller.
+    """The settings of `nsl.lib.decay_over_time`.
 
-    In `AdvRegConfig` a `keras.optimizers.schedules.LearningRateSchedule` does the same.
+    In `AdvRegConfig`, use a `keras.optimizers.schedules.LearningRateSchedule` instead.
 
     Args:
         decay_steps: Number of training steps in which the value decays by
             `decay_rate`, positive.
         decay_rate: The rate.
-        min_value: What the value does not go below.
+        min_value: Lower limit of the value.
         decay_type: A `DecayType`, or its value.
     """
 
@@ -262,17 +274,17 @@ class DecayConfig:
         self.decay_type = DecayType(self.decay_type)
         if is_number(self.decay_steps) and self.decay_steps <= 0:
             raise ValueError(
-                f"`decay_steps` must be positive. Received: {self.decay_steps!r}"
+                f"`decay_steps` must be positive. Received: {brief(self.decay_steps)}"
             )
 
 
 @dataclasses.dataclass
 class VirtualAdvConfig:
-    """How `nsl.lib.virtual_adv_regularizer` finds its neighbour, and how it measures.
+    """The settings of `nsl.lib.virtual_adv_regularizer`.
 
     Args:
-        adv_neighbor_config: An `AdvNeighborConfig`, of which the mask, the step and
-            the norm are used.
+        adv_neighbor_config: An `AdvNeighborConfig`, of which the mask, the step size
+            and the norm are used.
         distance_config: A `DistanceConfig`.
         num_approx_steps: Number of power iterations; 0 keeps the random direction.
         approx_difference: Length of the finite difference, ξ in equation 12 of
@@ -294,15 +306,15 @@ class VirtualAdvConfig:
             if not isinstance(getattr(self, name), kind):
                 raise TypeError(
                     f"`{name}` must be of the class `{kind.__name__}`. Received: "
-                    f"{show(getattr(self, name))}"
+                    f"{describe_value(getattr(self, name))}"
                 )
-        count("num_approx_steps", self.num_approx_steps, least=0)
-        length("approx_difference", self.approx_difference)
+        check_count("num_approx_steps", self.num_approx_steps, least=0)
+        check_nonnegative("approx_difference", self.approx_difference)
 
 
 DEFAULT_ADVERSARIAL_PARAMS = {
     field.name: getattr(AdvNeighborConfig(), field.name)
     for field in dataclasses.fields(AdvNeighborConfig)
-    if not field.kw_only  # Those are none of NSL's.
+    if not field.kw_only  # NSL does not have the keyword-only fields.
 }
 DEFAULT_DISTANCE_PARAMS = dataclasses.asdict(DistanceConfig())

@@ -1,20 +1,24 @@
-"""`nsl.lib`: the functions of Neural Structured Learning, over advreg's arithmetic."""
+"""`nsl.lib`: the functions of Neural Structured Learning, by advreg's arithmetic.
+
+NSL's functions take a tensor or a structure of tensors. `_on_rows` packs them into a
+matrix, calls a function of `perturbation.geometry`, and unpacks the result.
+"""
 
 from __future__ import annotations
 
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import keras
-import tensorflow as tf
 from keras import ops, tree
 
-from advreg import geometry, perturbation
-from advreg.checks import Schedule, show
-from advreg.config import AdvNeighborConfig, NormType
-from advreg.geometry import Tensor
+from advreg import backend
+from advreg._types import Features, Schedule, Tensor
+from advreg.checks import describe, describe_value
+from advreg.config.configs import AdvNeighborConfig
+from advreg.config.norms import NormType
 from advreg.nsl._absent import GRAPHS, absent
 from advreg.nsl._distances import (
     jensen_shannon_divergence,
@@ -28,8 +32,14 @@ from advreg.nsl.configs import (
     DecayType,
     VirtualAdvConfig,
 )
-from advreg.packing import Features, NothingMovesError, Packing, describe
-from advreg.perturbation import to_tensor
+from advreg.perturbation import geometry
+from advreg.perturbation.packing import NothingMovesError, Packing
+from advreg.training import custom_loops
+
+if TYPE_CHECKING or backend.BACKEND == "tensorflow":
+    from advreg.nsl import _tensorflow as native
+else:
+    from advreg.nsl import _elsewhere as native
 
 __all__ = [
     "adv_regularizer",
@@ -47,7 +57,7 @@ __all__ = [
     "virtual_adv_regularizer",
 ]
 
-# Code also reaches the functions through the modules that NSL wrote them in.
+# Programs also use the functions by the names of NSL's inner modules.
 adversarial_neighbor = distances = regularizer = utils = sys.modules[__name__]
 
 Norm: TypeAlias = NormType | str | float
@@ -65,10 +75,10 @@ __getattr__ = absent(
 
 def gen_adv_neighbor(
     input_features: Features,
-    labeled_loss: Tensor,
+    labeled_loss: Tensor | Callable[[Features], Tensor],
     config: AdvNeighborConfig,
     raise_invalid_gradient: bool = False,
-    gradient_tape: tf.GradientTape | None = None,
+    gradient_tape: Any = None,
     pgd_model_fn: Callable[[Features], Any] | None = None,
     pgd_loss_fn: Callable[[Any, Any], Tensor] | None = None,
     pgd_labels: Any = None,
@@ -76,23 +86,22 @@ def gen_adv_neighbor(
 ) -> tuple[Features, Tensor]:
     """Generates the adversarial neighbour of each example.
 
-    It is `advreg.gen_adv_neighbor`, but where nothing can be perturbed it warns and
-    returns the features, unless `raise_invalid_gradient` is set.
-
-    Args: as those of `advreg.gen_adv_neighbor`.
+    It is `advreg.gen_adv_neighbor`, with one difference: if nothing can be perturbed,
+    it warns and returns the features, unless `raise_invalid_gradient` is set. See
+    `advreg.gen_adv_neighbor` for the arguments.
 
     Returns:
         The perturbed features, and the weight of each neighbour, ones of shape
         `[batch, 1]` in float32.
 
     Raises:
-        TypeError, ValueError: As of `advreg.gen_adv_neighbor`.
+        TypeError, ValueError: See `advreg.gen_adv_neighbor`.
 
     Example:
     >>> neighbor, _ = nsl.lib.gen_adv_neighbor(x, loss, config, gradient_tape=tape)
     """
     try:
-        return perturbation.gen_adv_neighbor(
+        return custom_loops.gen_adv_neighbor(
             input_features,
             labeled_loss,
             config,
@@ -107,8 +116,8 @@ def gen_adv_neighbor(
         if raise_invalid_gradient:
             raise
         warnings.warn(str(error), stacklevel=2)
-        batch = tf.shape(tree.flatten(input_features)[0])[0]
-        return input_features, tf.ones([batch, 1])
+        batch = backend.num_rows(tree.flatten(input_features)[0])
+        return input_features, ops.ones((batch, 1), "float32")
 
 
 def normalize(tensor: Tensor, norm_type: Norm, epsilon: float = 1e-6) -> Tensor:
@@ -117,7 +126,7 @@ def normalize(tensor: Tensor, norm_type: Norm, epsilon: float = 1e-6) -> Tensor:
     Args:
         tensor: Float tensor whose first axis is the batch.
         norm_type: The norm, taken over all other axes.
-        epsilon: What the divisor does not go below.
+        epsilon: Lower limit of the divisor.
 
     Returns:
         Tensor of the shape and dtype of `tensor`.
@@ -138,14 +147,14 @@ def normalize(tensor: Tensor, norm_type: Norm, epsilon: float = 1e-6) -> Tensor:
 def project_to_ball(
     tensors: Features, radius: float, norm_type: Norm, epsilon: float = 1e-6
 ) -> Features:
-    """Moves each example to the nearest point of a ball around the origin.
+    """Projects each example onto a ball around the origin.
 
     Args:
         tensors: A float tensor, or a structure of them, whose first axis is the batch.
         radius: Radius of the ball.
         norm_type: The norm of the ball, joint over all tensors.
-        epsilon: Accepted for callers of Neural Structured Learning: the projection
-            divides by no small number.
+        epsilon: Has no effect, because the projection divides by no small number. It is
+            accepted for callers of Neural Structured Learning.
 
     Returns:
         The structure of `tensors`, of the same shapes and dtypes.
@@ -160,11 +169,11 @@ def random_in_norm_ball(
 ) -> Features:
     """Draws each example uniformly from a ball around the origin.
 
-    Draws from Keras's global generator, which `keras.utils.set_random_seed` sets.
+    It draws from Keras's global generator, which `keras.utils.set_random_seed` seeds.
 
     Args:
         tensor_structure: A float tensor, or a structure of them, whose first axis is
-            the batch. Only shapes and dtypes count.
+            the batch. Only its shapes and dtypes are used.
         radius: Radius of the ball.
         norm_type: The norm of the ball, joint over all tensors.
 
@@ -193,15 +202,19 @@ def maximize_within_unit_norm(
     Args:
         weights: A float tensor, or a structure of them, whose first axis is the batch.
         norm_type: The norm, joint over all tensors.
-        epsilon: Accepted for callers of Neural Structured Learning: the solution does
-            not change when the weights are scaled, however small they are.
+        epsilon: Has no effect, because the solution does not change when the weights
+            are scaled, however small they are. It is accepted for callers of Neural
+            Structured Learning.
 
     Returns:
         The structure of `weights`, of the same shapes and dtypes.
     """
     del epsilon
     norm_type = NormType(norm_type)
-    return _on_rows(lambda rows: geometry.steepest_direction(rows, norm_type), weights)
+    return _on_rows(
+        lambda rows: geometry.steepest_direction(geometry.make_finite(rows), norm_type),
+        weights,
+    )
 
 
 def apply_feature_mask(features: Tensor, feature_mask: Tensor | None = None) -> Tensor:
@@ -215,17 +228,13 @@ def apply_feature_mask(features: Tensor, feature_mask: Tensor | None = None) -> 
         Tensor of the shape and dtype of `features`.
 
     Raises:
-        tf.errors.InvalidArgumentError: A weight is not in [0, 1].
+        tf.errors.InvalidArgumentError: A weight is not in [0, 1]. On JAX and PyTorch
+            that is a `ValueError`.
     """
     if feature_mask is None:
         return features
-    mask = tf.cast(feature_mask, features.dtype)
-    message = "`feature_mask` must lie in [0, 1]."
-    checks = [
-        tf.debugging.assert_non_negative(mask, message),
-        tf.debugging.assert_less_equal(mask, tf.ones([], mask.dtype), message),
-    ]
-    with tf.control_dependencies(checks):
+    mask = ops.cast(backend.to_tensor(feature_mask), features.dtype)
+    with native.unit_interval("feature_mask", mask):
         return features * mask
 
 
@@ -244,13 +253,11 @@ def get_target_indices(
     """
     method = AdvTargetType(adv_target_config.target_method)
     if method is AdvTargetType.SECOND:
-        return tf.nn.top_k(logits, k=2).indices[:, 1]
+        return ops.cast(ops.top_k(logits, k=2)[1][:, 1], "int32")
     if method is AdvTargetType.LEAST:
-        return tf.argmin(logits, axis=-1, output_type=tf.int32)
+        return native.argmin(logits)
     if method is AdvTargetType.RANDOM:
-        batch, classes = tf.unstack(tf.shape(logits))
-        seed = int(adv_target_config.random_seed)
-        return tf.random.uniform([batch], maxval=classes, dtype=tf.int32, seed=seed)
+        return native.random_targets(logits, int(adv_target_config.random_seed))
     return labels
 
 
@@ -267,19 +274,21 @@ def decay_over_time(
     Returns:
         Scalar float32 tensor.
     """
-    times = tf.cast(global_step, tf.float32) / tf.cast(
-        decay_config.decay_steps, tf.float32
-    )
-    rate = tf.cast(decay_config.decay_rate, tf.float32)
+    times = _float32(global_step) / _float32(decay_config.decay_steps)
+    rate = _float32(decay_config.decay_rate)
     kind = DecayType(decay_config.decay_type)
     if kind is DecayType.EXPONENTIAL_DECAY:
         factor = rate**times
     elif kind is DecayType.INVERSE_TIME_DECAY:
         factor = 1.0 / (1.0 + rate * times)
     else:
-        factor = tf.exp(-rate * times)
-    decayed = tf.cast(init_value, tf.float32) * factor
-    return tf.maximum(decayed, tf.cast(decay_config.min_value, tf.float32))
+        factor = ops.exp(-rate * times)
+    decayed = _float32(init_value) * factor
+    return ops.maximum(decayed, _float32(decay_config.min_value))
+
+
+def _float32(value: Any) -> Tensor:
+    return ops.cast(backend.to_tensor(value), "float32")
 
 
 def adv_regularizer(
@@ -292,15 +301,17 @@ def adv_regularizer(
 
     Args:
         adv_neighbors: Float tensor whose first axis is the batch.
-        target_scores: The targets to hand to `loss_fn`.
-        model_fn: Function of the neighbours with the keyword arguments `is_train` and
-            `reuse`, which it gets as a tensor that is false and as `True`.
+        target_scores: The targets that `loss_fn` receives.
+        model_fn: Function of the neighbours, with the keyword arguments `is_train`, a
+            tensor that is false, and `reuse`, which is `True`.
         loss_fn: Function `(targets, predictions) -> loss`.
 
     Returns:
-        What `loss_fn` returns.
+        The result of `loss_fn`.
     """
-    predictions = model_fn(adv_neighbors, is_train=tf.constant(False), reuse=True)
+    predictions = model_fn(
+        adv_neighbors, is_train=ops.convert_to_tensor(False), reuse=True
+    )
     return loss_fn(target_scores, predictions)
 
 
@@ -312,8 +323,9 @@ def virtual_adv_regularizer(
 ) -> Tensor:
     """Computes the virtual adversarial loss, which needs no labels.
 
-    It is the distance between the embedding of an input and that of a neighbour in the
-    direction that moves it most, found by power iteration from a random one
+    It is the distance between the embedding of an input and that of a neighbour. The
+    neighbour lies in the direction that changes the embedding most, found by power
+    iterations from a random one
     ([Miyato et al., 2018](https://arxiv.org/abs/1704.03976)).
 
     Args:
@@ -323,8 +335,8 @@ def virtual_adv_regularizer(
         embedding: `embedding_fn(input_layer)`, where it is known already.
 
     Returns:
-        The distance, a scalar unless the reduction says otherwise. Its gradient goes
-        through the neighbour alone.
+        The distance, a scalar unless the reduction is `NONE`. Its gradient goes through
+        the neighbour alone.
 
     Raises:
         TypeError: `input_layer` is not one float tensor, or the step is a schedule.
@@ -336,11 +348,11 @@ def virtual_adv_regularizer(
         raise TypeError(
             "`adv_step_size` must be a number here: there is no optimizer to count "
             "steps. Pass `float(schedule(optimizer.iterations))`. Received: "
-            f"{show(step)}"
+            f"{describe_value(step)}"
         )
     if embedding is None:
         embedding = embedding_fn(input_layer)
-    direction = tf.random.normal(tf.shape(input_layer), dtype=input_layer.dtype)
+    direction = native.normal_like(input_layer)
     return _virtual_adv_regularizer(
         input_layer, embedding_fn, virtual_adv_config, embedding, direction
     )
@@ -353,7 +365,7 @@ def _virtual_adv_regularizer(
     embedding: Tensor,
     seed_perturbation: Tensor,
 ) -> Tensor:
-    """Does what `virtual_adv_regularizer` does, from a given direction."""
+    """Computes the virtual adversarial loss from a given first direction."""
     config = virtual_adv_config.adv_neighbor_config
 
     def unit(direction: Tensor) -> Tensor:
@@ -366,31 +378,38 @@ def _virtual_adv_regularizer(
             embedding, neighbor, distance_config=virtual_adv_config.distance_config
         )
 
+    def of_moved(moved: list[Tensor]) -> tuple[Tensor, None]:
+        with native.passes():
+            return distance(embedding, moved[0]), None
+
     direction = unit(seed_perturbation)
     for _ in range(virtual_adv_config.num_approx_steps):
-        with tf.GradientTape() as tape:
-            moved = virtual_adv_config.approx_difference * direction
-            tape.watch(moved)
-            loss = distance(embedding, moved)
-        gradient = tape.gradient(loss, moved)
+        moved = virtual_adv_config.approx_difference * direction
+        _, _, (gradient,) = backend.differentiate(of_moved, [moved])
         if gradient is None:
             raise ValueError(
                 "`embedding_fn` must return a tensor that depends on its input by "
                 "operations that have a gradient."
             )
-        direction = tf.stop_gradient(unit(gradient))
-    return distance(tf.stop_gradient(embedding), config.adv_step_size * direction)
+        gradient = ops.cast(unit(geometry.make_finite(gradient)), gradient.dtype)
+        direction = ops.stop_gradient(gradient)
+    return distance(ops.stop_gradient(embedding), config.adv_step_size * direction)
 
 
 def _one_float_tensor(value: Any) -> Tensor:
-    """Makes a tensor of what is to be embedded."""
+    """Converts a value to one float tensor.
+
+    Raises:
+        TypeError: It is a structure, or of another type.
+    """
     if tree.is_nested(value):
         raise TypeError(
             "`input_layer` must be one tensor: concatenate features, or perturb one "
             f"and let `embedding_fn` add the others. Received: {describe(value)}"
         )
-    tensor = to_tensor(value)
-    if not (isinstance(tensor, tf.Tensor) and tensor.dtype.is_floating):
+    tensor = backend.to_tensor(value)
+    is_dense = backend.is_tensor(tensor)
+    if not (is_dense and keras.backend.is_float_dtype(tensor.dtype)):
         raise TypeError(
             f"`input_layer` must be a dense float tensor. Received: {describe(value)}"
         )
@@ -398,15 +417,23 @@ def _one_float_tensor(value: Any) -> Tensor:
 
 
 def _on_rows(function: Callable[[Tensor], Tensor], tensors: Features) -> Features:
-    """Applies a function to the rows that all tensors make together."""
-    tensors = tree.map_structure(to_tensor, tensors)
+    """Applies a function of a matrix to tensors, joined example by example.
+
+    Args:
+        function: Function of a matrix `[batch, values]` that returns one of that shape.
+        tensors: A float tensor, or a structure of them.
+
+    Returns:
+        The structure of `tensors`.
+    """
+    tensors = tree.map_structure(backend.to_tensor, tensors)
     leaves = tree.flatten(tensors)
     if not leaves:
         return tensors
-    if not all(leaf.dtype.is_floating for leaf in leaves):
+    if not all(keras.backend.is_float_dtype(leaf.dtype) for leaf in leaves):
         raise ValueError(
             "All tensors must be of floats. Received: "
-            f"{[leaf.dtype.name for leaf in leaves]}"
+            f"{[backend.dtype_name(leaf) for leaf in leaves]}"
         )
     if len({leaf.shape[0] for leaf in leaves} - {None}) > 1:
         raise ValueError(

@@ -1,0 +1,272 @@
+"""The losses that a model was compiled with, and how they become one number.
+
+`CompiledLoss` is for the wrapper, and the only class that reads Keras's container of
+losses. It is needed because `Model.compute_loss` adds the losses of layers, such as
+weight decay, which an attack must not raise. `per_example` and `check_one_loss` are for
+attacks on the `loss` of any compiled model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import keras
+from keras import ops, tree
+
+from advreg import backend
+from advreg._types import Tensor
+from advreg.backend import keras_private
+from advreg.checks import brief, describe
+from advreg.network.inputs import check_classes
+from advreg.network.last_activation import is_recorded, of_logits, warn_of_clipping
+from advreg.network.losses import get_loss, loss_name, takes_logits
+from advreg.perturbation.geometry import widen
+
+
+class CompiledLoss:
+    """The losses that a wrapper was compiled with.
+
+    Args:
+        container: Keras's container of the compiled losses.
+        loss: `loss`, as `compile` received it.
+        loss_weights: `loss_weights`, as `compile` received them.
+        output_names: Function that returns the names of the outputs. It is called late,
+            because a first batch may be needed to build the model.
+    """
+
+    def __init__(
+        self,
+        container: Any,
+        loss: Any,
+        loss_weights: Any,
+        output_names: Callable[[], Sequence[str]],
+    ) -> None:
+        self.container, self.loss = container, loss
+        self._loss_weights, self._output_names = loss_weights, output_names
+
+    @property
+    def output_names(self) -> Sequence[str]:
+        """Names of the outputs."""
+        return self._output_names()
+
+    def check_classes(self, y: Any, model: keras.Model) -> None:
+        """Checks that labels, whose values are known, are classes of a model.
+
+        Args:
+            y: Labels of a batch.
+            model: The base model.
+
+        Raises:
+            ValueError: A label is out of range.
+        """
+        outputs = keras_private.declared_outputs_of(model)
+        if outputs is None:  # A `Sequential` model, or one that is not functional.
+            outputs = getattr(model, "outputs", None) or ()
+        try:
+            labels = self.by_output(y, outputs)
+        except KeyError:  # Keras says which output has no labels.
+            return
+        check_classes(labels, self._by_output(self.loss, outputs), model)
+
+    def labeled(
+        self,
+        y: Any,
+        y_pred: Any,
+        sample_weight: Any,
+        weight: backend.ReplicaWeight | None = None,
+    ) -> Tensor:
+        """Computes the labelled loss, a scalar.
+
+        With several replicas, each computes its share. The shares add up to the loss of
+        the global batch.
+
+        Args:
+            y: Labels.
+            y_pred: Outputs.
+            sample_weight: Weights of the examples, or `None`.
+            weight: Weight of this replica, `None` if it is the only one.
+        """
+        loss = self.container(y, y_pred, sample_weight)
+        warn_of_clipping(self._by_output(self.loss, y_pred), y, y_pred)
+        return backend.scale_mean(loss, backend.weight_of_loss(weight, self.loss))
+
+    def total(
+        self,
+        labeled_loss: Tensor,
+        added: Sequence[Tensor],
+        weight: backend.ReplicaWeight | None = None,
+    ) -> Tensor:
+        """Adds the base model's own losses, as `Model.compute_loss` does.
+
+        With several replicas, each adds its share. This is right for losses that are a
+        mean over the examples, and for those that are the same on all replicas.
+
+        Args:
+            labeled_loss: The labelled loss, with its weight.
+            added: The losses that layers and regularisers have added.
+            weight: Weight of this replica, `None` if it is the only one.
+        """
+        if not added:
+            return labeled_loss
+        by_examples = None if weight is None else weight.by_examples
+        # The dtypes may differ in half precision. Keras raises an error then.
+        terms = [
+            ops.cast(
+                backend.scale_mean(backend.sum_of_added_loss(loss), by_examples),
+                labeled_loss.dtype,
+            )
+            for loss in added
+        ]
+        return ops.sum([labeled_loss, *terms])
+
+    def build(self, y: Any, predict: Callable[[], Any]) -> None:
+        """Builds the container, in which Keras matches labels and outputs.
+
+        Args:
+            y: Labels of a first batch.
+            predict: Function that returns the outputs for the same examples.
+        """
+        if self.container.built:
+            return
+        with backend.StatelessScope():
+            y_pred = predict()
+        self.container(y, y_pred)
+        # The call has counted the losses of this batch.
+        for metric in self.container.metrics:
+            metric.reset_state()
+
+    def weights(self, predictions: Any) -> list[float]:
+        """Returns the weight of each output, 1.0 where `compile` received none."""
+        given = 1.0 if self._loss_weights is None else self._loss_weights
+        listed = self._by_output(given, predictions)
+        return [1.0 if weight is None else weight for weight in listed]
+
+    def takes_logits(self, objective: str, predictions: Any) -> list[bool]:
+        """Returns whether each output holds logits, for objectives that compare scores.
+
+        Args:
+            objective: Name of the objective, for errors.
+            predictions: The outputs.
+
+        Returns:
+            A bool for each output: true for logits, false for probabilities.
+
+        Raises:
+            ValueError: A loss does not say which, or does not compare classes.
+        """
+        losses = self._by_output(self.loss, predictions)
+        outputs = tree.flatten(predictions)
+        found = [takes_logits(loss) for loss in losses]
+        if len(found) != len(outputs) or None in found:
+            raise ValueError(
+                f"The objective {objective} compares scores of classes: every output "
+                "needs a cross-entropy of Keras as loss, which says whether they are "
+                f"logits. Received: loss={brief(self.loss)}"
+            )
+        for loss, output in zip(losses, outputs, strict=True):
+            several = len(output.shape) > 1 and output.shape[-1] != 1
+            if several and str(loss_name(loss)).startswith("binary"):
+                raise ValueError(
+                    f"The objective {objective} compares classes of which one is "
+                    "right: a binary cross-entropy needs a single score, several need "
+                    f"a categorical one. Received: loss={brief(self.loss)} and an "
+                    f"output of shape {tuple(output.shape)}"
+                )
+        return [bool(form) for form in found]
+
+    def by_output(self, values: Any, predictions: Any) -> list[Any]:
+        """Lists labels or sample weights in the order of the outputs.
+
+        As in Keras, a dictionary may go by the names of the outputs, where the outputs
+        themselves are no dictionary.
+        """
+        if isinstance(values, Mapping) and not isinstance(predictions, Mapping):
+            return [values[name] for name in self.output_names]
+        return tree.flatten(values)
+
+    def _by_output(self, values: Any, predictions: Any) -> list[Any]:
+        """Lists losses, or their weights, in the order of the outputs."""
+        if isinstance(values, Mapping):
+            paths = tree.flatten_with_path(predictions)
+            names = [path[0] for path, _ in paths if path]
+            if not set(values) <= set(names):
+                names = list(self.output_names)
+            return [values.get(name) for name in names]
+        listed = tree.flatten(values)
+        outputs = len(tree.flatten(predictions))
+        # A single loss is for every output.
+        return listed * outputs if len(listed) == 1 else listed
+
+
+def check_one_loss(loss: Any) -> None:
+    """Checks that a model was compiled with one loss.
+
+    Args:
+        loss: `loss`, as `compile` received it.
+
+    Raises:
+        ValueError: It was compiled with none, or with several.
+    """
+    if len([one for one in tree.flatten(loss) if one is not None]) != 1:
+        raise ValueError(
+            "`loss='model'` attacks the loss that the model was compiled with: "
+            "call `model.compile(loss=...)` with one loss first. Received: "
+            f"{brief(loss)}"
+        )
+
+
+def per_example(loss: Any, y: Any, outputs: Tensor) -> Tensor:
+    """Computes a compiled loss for each example, `[batch]`.
+
+    Args:
+        loss: `loss`, as `compile` received it: one loss.
+        y: Labels, one array with the batch as first axis.
+        outputs: Outputs of the model for the same examples.
+
+    Returns:
+        The loss of each example, `[batch]`, in float32 at least: the mean over all axes
+        but the first.
+
+    Raises:
+        ValueError: The loss does not accept these labels, or returns a scalar.
+    """
+    losses = [one for one in tree.flatten(loss) if one is not None]
+    labels = tree.flatten(y)
+    if len(labels) != 1:
+        raise ValueError(f"`y` must be one array of labels. Received: {describe(y)}")
+    # Keras does the same before it calls a loss: labels get the dtype of the outputs,
+    # and for a loss that is a function also their rank.
+    # Half precision is widened, unless the logits behind the outputs are known.
+    outputs = outputs if is_recorded(outputs) else widen(outputs)
+    target = labels[0]
+    loss = of_logits(get_loss(losses[0], target, outputs))
+    if backend.dtype_name(target) not in ("string", "complex64", "complex128"):
+        target = ops.cast(target, outputs.dtype)
+    if isinstance(loss, keras.losses.Loss):
+        function = loss.call
+    else:
+        function, target = loss, _of_rank(target, outputs)
+    try:
+        values = widen(ops.convert_to_tensor(function(target, outputs)))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`y` must hold labels as the compiled loss, {loss_name(loss)}, takes "
+            f"them: {error} Received: {describe(y)}"
+        ) from error
+    if not len(values.shape):
+        raise ValueError(
+            "The compiled loss must give a value for each example. Received: "
+            f"{loss_name(loss)}, which returns a scalar"
+        )
+    return ops.mean(values, axis=list(range(1, len(values.shape))))
+
+
+def _of_rank(labels: Tensor, outputs: Tensor) -> Tensor:
+    """Returns labels with or without a last axis of 1, as the outputs have it."""
+    rank = len(outputs.shape)
+    if len(labels.shape) == rank - 1 and outputs.shape[-1] == 1:
+        return labels[..., None]
+    if len(labels.shape) == rank + 1 and labels.shape[-1] == 1:
+        return labels[..., 0]
+    return labels
