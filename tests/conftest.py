@@ -42,6 +42,17 @@ def pytest_ignore_collect(collection_path):
 def pytest_configure(config):
     if "nightly" in config.option.markexpr:
         settings.load_profile("nightly")
+    if keras.backend.backend() == "jax":
+        keep_compiled(config.cache.mkdir("jax"))
+
+
+def keep_compiled(directory):
+    """Lets the workers, and the next run, take what JAX has compiled before."""
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.hookimpl(tryfirst=True)

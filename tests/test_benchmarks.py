@@ -144,6 +144,7 @@ def test_the_tutorial_is_migrated(run, tmp_path):
     assert "from advreg import nsl" in printed
 
 
+@pytest.mark.slow
 def test_figures_are_recorded_and_compared(load, tmp_path, capsys):
     same = load("same_figures")
     one, other = str(tmp_path / "one.npz"), str(tmp_path / "other.npz")

@@ -383,7 +383,8 @@ class Break(keras.callbacks.Callback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("make", [*slow(plain), wrapped])
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [plain, wrapped])
 def test_an_interrupted_training_leaves_no_trace(make):
     model, measured = make(), robust()
     with pytest.raises(KeyboardInterrupt):

@@ -143,6 +143,7 @@ def test_links_between_tutorials_lead_somewhere():
             assert (ROOT / link).is_file()
 
 
+@pytest.mark.slow
 def test_runner_stores_outputs_without_what_is_of_the_machine(runner, store, capsys):
     path = store(
         "import os, sys, tempfile\nopen('left', 'w').close()",
@@ -171,6 +172,7 @@ def test_runner_stores_nothing_when_fast(runner, store):
     assert path.read_text() == before
 
 
+@pytest.mark.slow
 def test_runner_fails_on_an_error_and_goes_on(runner, store, tmp_path, capsys):
     good, bad = tmp_path / "good.ipynb", store("x = 1", "1 / 0")
     good.write_text(json.dumps(notebook("print(1)")))

@@ -167,6 +167,7 @@ def test_examples_are_allowed_and_fooled(norm, epsilon, seed):
     assert_sound(APGD(epsilon, norm=norm, iterations=3, **UNIT), seed)
 
 
+@pytest.mark.slow
 def test_seeds_repeat():
     network, x, y = digits()
     moved = [

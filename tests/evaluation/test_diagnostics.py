@@ -135,6 +135,7 @@ def test_saturated_logits_and_the_accuracy_under_a_margin_loss(network, digits):
     assert "zero_gradients" in names(strong, False)  # Of the model, not the attack.
 
 
+@pytest.mark.slow
 def test_quantised_input_leaves_no_gradient_and_other_attacks_go_on(network, digits):
     model = behind(Quantised(), network)
     attacks = [PGD(0.2, iterations=5, seed=0, **RANGE)]

@@ -558,7 +558,8 @@ def test_sample_weights_given_twice():
 # Labels that are no classes of the model
 
 
-@pytest.mark.parametrize("label", [3, *slow(10, -1)])
+@pytest.mark.slow
+@pytest.mark.parametrize("label", [3, 10, -1])
 @pytest.mark.parametrize("run", [{"run_eagerly": True}, {"jit_compile": False}])
 def test_labels_that_the_model_does_not_know(label, run):
     x, y = labelled()
@@ -600,6 +601,7 @@ def test_the_rule_is_that_of_a_report():
     assert received in str(report.value)
 
 
+@pytest.mark.slow
 def test_other_errors_of_tensorflow_stay_what_they_are():
     base = keras.Sequential(
         [keras.Input((6,)), keras.layers.Dense(3), keras.layers.Lambda(_failing)]

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from helpers.models import Y, classifier, cross_entropy, regularized, rows
-from helpers.slow import slow, slow_but
+from helpers.slow import slow
 from keras import layers
 
 from advreg import adversarial_loss, make_adv_reg_config
@@ -161,10 +161,8 @@ PADDED = {
 }
 
 
-@pytest.mark.parametrize(
-    "kind",
-    slow_but(PADDED, "sequential"),
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", PADDED)
 def test_padding_does_not_move(kind):
     base, x = PADDED[kind]
     model = regularized(base(), RESTLESS)

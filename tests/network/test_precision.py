@@ -307,8 +307,8 @@ def test_weights_move_in_half_precision_too():
         np.testing.assert_allclose(logs[1][key], value, rtol=1e-2)
 
 
-@pytest.mark.parametrize("graph", [False, True])
-@pytest.mark.parametrize("iterations", [1, 3])
+@pytest.mark.parametrize("graph", [False, *slow(True)])
+@pytest.mark.parametrize("iterations", [1, *slow(3)])
 def test_custom_loops_in_half_precision(graph, iterations):
     config = make_adv_reg_config(
         1.0, adv_step_size=0.2, adv_grad_norm="linf", pgd_iterations=iterations

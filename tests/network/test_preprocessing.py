@@ -198,10 +198,8 @@ def trained_task():
     return history, [np.array(weight) for weight in task.weights]
 
 
-@pytest.mark.parametrize(
-    "form",
-    slow_but(forms(*images()), "dictionary"),
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("form", forms(*images()))
 def test_fit_is_that_of_the_task(form):
     x, y = images()
     expected, weights = trained_task()

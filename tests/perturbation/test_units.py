@@ -153,7 +153,7 @@ def test_several_steps_at_once_are_checked_together():
 
 
 @pytest.mark.parametrize(
-    "name", ["trades", *slow("mart", "virtual_adversarial"), "pgd"]
+    "name", ["pgd", *slow("trades", "mart", "virtual_adversarial")]
 )
 @pytest.mark.parametrize("clean_weight", [0.0, *slow(1.0)])
 def test_every_way_of_training_is_checked(name, clean_weight):

@@ -23,6 +23,7 @@ from keras import layers, ops
 from advreg import AdversarialRegularization, make_adv_reg_config
 
 
+@pytest.mark.slow
 def test_saved_and_loaded_it_trains_on_as_if_nothing_had_happened(tmp_path):
     config = make_adv_reg_config(
         multiplier=keras.optimizers.schedules.ExponentialDecay(0.5, 10, 0.9),
