@@ -2,8 +2,7 @@
 
 Data come as Keras takes them, `(x, y, sample_weight)`, or as Neural Structured Learning
 did: a dictionary `x` with the labels and weights among the features. `BatchForm` has
-    the
-rules, and every other module asks it:
+the rules, and every other module asks it:
 
 1. Labels come from `y`. If there is no `y`, and `x` is a dictionary with all
    `label_keys`, they come from there, and these keys are no features.
