@@ -84,7 +84,7 @@ def test_bim_leaves_what_art_s_leaves(case):
     from art.attacks.evasion import BasicIterativeMethod
 
     network, epsilon = case
-    x, y = _images(1000)
+    x, y = _images(500)
     step_size = 2.5 * epsilon / 20
     bim = BIM(epsilon, step_size=step_size, iterations=20, **UNIT)
     ours = bim(network, x, y, batch_size=250)
@@ -105,7 +105,7 @@ def test_pgd_is_as_strong_as_art_s(case):
     from art.attacks.evasion import ProjectedGradientDescent
 
     network, epsilon = case
-    x, y = _images(1000)
+    x, y = _images(500)
     ours = PGD(epsilon, iterations=20, seed=0, **UNIT)(network, x, y, batch_size=250)
     judge = ProjectedGradientDescent(
         _judge(network),
@@ -124,7 +124,7 @@ def test_pgd_is_as_strong_as_art_s(case):
 
 def test_apgd_is_as_strong_as_pgd(case):
     network, epsilon = case
-    x, y = _images(1000)
+    x, y = _images(500)
     left = {
         attack.name: _accuracy(network, attack(network, x, y, batch_size=250), y)
         for attack in (
