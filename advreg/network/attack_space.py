@@ -20,12 +20,13 @@ import keras
 from keras import ops, tree
 
 from advreg._types import Features, Gradients, Tensor, Watch
-from advreg.config.configs import AdvNeighborConfig
+from advreg.config.configs import EMBEDDINGS, AdvNeighborConfig
 from advreg.network.gradients import differentiable
-from advreg.network.layer_outputs import Recorded, layer_outputs
+from advreg.network.layer_outputs import Recorded, has_embeddings, layer_outputs
 from advreg.network.masks import can_move
 from advreg.perturbation.ball import Settings
 from advreg.perturbation.geometry import widen
+from advreg.perturbation.packing import NothingMovesError
 
 
 class AttackSpace:
@@ -170,6 +171,27 @@ class AttackSpace:
         if self._recorded is None:
             raise RuntimeError("The outputs of layers have not been recorded.")
         return self._recorded
+
+
+@contextlib.contextmanager
+def naming_embeddings(model: Any) -> Iterator[None]:
+    """Says what to do if inputs cannot be perturbed, but what embeddings return can.
+
+    Args:
+        model: The base model.
+
+    Raises:
+        NothingMovesError: It was raised inside, here with the advice.
+    """
+    try:
+        yield
+    except NothingMovesError as error:
+        if not has_embeddings(model):
+            raise
+        raise error.advising(
+            "To train on token ids or categories, perturb what the embeddings of the "
+            f'model return: set `perturb="{EMBEDDINGS}"` in the configuration.'
+        ) from None
 
 
 def _both(one: Tensor | None, other: Tensor | None) -> Tensor | None:

@@ -90,7 +90,7 @@ class LayerOutputs:
     def __init__(
         self,
         layers: Mapping[str, keras.Layer],
-        num_examples: int | None,
+        num_examples: int | None = None,
         optional: Sequence[str] = (),
     ) -> None:
         self._layers, self._num_examples = dict(layers), num_examples
@@ -153,6 +153,12 @@ class LayerOutputs:
                     f"displacements. Received: {len(displacements.get(path, ()))}"
                 )
             displacement = left[path].pop(0)
+            given, needed = tuple(displacement.shape), tuple(output.shape)
+            if given != needed:
+                raise ValueError(
+                    f"A displacement must have the shape of the output of {path!r}, "
+                    f"{needed}. Received: {given}"
+                )
             if factors:
                 displacement = displacement * factors[path].pop(0)
             return output + ops.cast(displacement, output.dtype)
@@ -187,6 +193,7 @@ class LayerOutputs:
                 to go on with.
         """
         trace = backend.current_trace()
+        errors: list[ValueError] = []
 
         def handler(path: str, layer: keras.Layer) -> Callable[..., Any]:
             def call(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -197,19 +204,25 @@ class LayerOutputs:
                 # A tied embedding is the last layer of a language model, too.
                 if kwargs.get("reverse"):
                     return outputs
-                if backend.current_trace() != trace:
-                    raise ValueError(
-                        f"The layer {path!r} is called in a loop or in a compiled "
-                        "function of the model, where its output cannot be perturbed. "
-                        "Name the layer around it in `perturb`."
-                    )
                 masks = _masks(layer, inputs, kwargs, before, outputs)
-                replaced = [
-                    function(path, output, mask)
-                    if self._can_be_perturbed(path, output)
-                    else output
-                    for output, mask in zip(tree.flatten(outputs), masks, strict=True)
-                ]
+                try:
+                    if backend.current_trace() != trace:
+                        raise ValueError(
+                            f"The layer {path!r} is called in a loop or in a compiled "
+                            "function of the model, where its output cannot be "
+                            "perturbed. Name the layer around it in `perturb`."
+                        )
+                    replaced = [
+                        function(path, output, mask)
+                        if self._can_be_perturbed(path, output)
+                        else output
+                        for output, mask in zip(
+                            tree.flatten(outputs), masks, strict=True
+                        )
+                    ]
+                except ValueError as error:
+                    errors.append(error)
+                    raise
                 for old, new in zip(tree.flatten(outputs), replaced, strict=True):
                     if new is not old:
                         keras_private.copy_mask(old, new)
@@ -223,7 +236,13 @@ class LayerOutputs:
                 quantized = getattr(layer, "quantization_mode", None) is not None
                 name = "quantized_call" if quantized else "call"
                 stack.enter_context(intercepted(layer, name, handler(path, layer)))
-            yield
+            try:
+                yield
+            except Exception:
+                # Keras wraps errors of a call into text about the call.
+                if errors:
+                    raise errors[0] from None
+                raise
 
     def _can_be_perturbed(self, path: str, output: Any) -> bool:
         """Returns whether an output is of floats, with a row for each example."""
@@ -267,21 +286,38 @@ def layer_outputs(
     Raises:
         ValueError: A name is that of no layer, or of several.
     """
-    names = [perturb] if isinstance(perturb, str) else list(perturb)
+    names = [perturb] if isinstance(perturb, str) else perturb
     names = [name for name in names if name != INPUTS]
     if not names:
         return None
     sizes = [leaf.shape[0] for leaf in tree.flatten(x) if leaf is not None]
-    chosen: dict[str, keras.Layer] = {}
-    optional = []
+    layers = find_layers(model, names)
+    one_by_one = find_layers(model, [name for name in names if name != EMBEDDINGS])
+    optional = [path for path in layers if path not in one_by_one]
+    return LayerOutputs(layers, sizes[0] if sizes else None, optional)
+
+
+def find_layers(model: keras.Model, names: Sequence[str]) -> dict[str, keras.Layer]:
+    """Finds layers by their names, or by the end of their paths.
+
+    Args:
+        model: The model that has them, at any depth.
+        names: The names. `"embeddings"` stands for all `Embedding` layers, unless a
+            layer has that name.
+
+    Returns:
+        The layers by their paths, each once, in the order of the names.
+
+    Raises:
+        ValueError: A name is that of no layer, or of several.
+    """
     paths = list(_paths(model))
+    chosen: dict[str, keras.Layer] = {}
     for name in names:
         for path, layer in _named(name, paths):
             if not any(layer is known for known in chosen.values()):
                 chosen[path] = layer
-                if name == EMBEDDINGS and isinstance(layer, keras.layers.Embedding):
-                    optional.append(path)
-    return LayerOutputs(chosen, sizes[0] if sizes else None, optional)
+    return chosen
 
 
 def has_embeddings(model: Any) -> bool:

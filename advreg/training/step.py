@@ -43,7 +43,7 @@ from keras import ops, tree
 from advreg import backend
 from advreg._types import Features, Gradients, Schedule, Tensor, Watch
 from advreg.config.norms import NormType
-from advreg.network.attack_space import AttackSpace
+from advreg.network.attack_space import AttackSpace, naming_embeddings
 from advreg.network.gradients import (
     align,
     input_gradients,
@@ -288,8 +288,10 @@ class Step:
             of_inputs = space.gradients(of_inputs, found[len(watched) :])
         return y_pred, labeled_loss, loss, gradients, of_inputs, scale
 
-    def _recording(self, watch: Watch | None) -> contextlib.AbstractContextManager[None]:
-        """Records outputs of layers, if this step perturbs any, as a context manager."""
+    def _recording(
+        self, watch: Watch | None
+    ) -> contextlib.AbstractContextManager[None]:
+        """Records outputs of layers, as a context manager, if this step needs them."""
         if not self._perturbs:
             return contextlib.nullcontext()
         return self._space.recording(watch)
@@ -367,16 +369,17 @@ class Step:
         else:
             again = functools.partial(scaled_gradients, loss_at, start, wanted)
             gradients = self._precision.unscale(gradients, scale, again)
-        return perturb(
-            start,
-            gradients,
-            gradient_at,
-            space.settings(settings),
-            request.seed,
-            space.can_move(weights),
-            unroll=self._in_step,
-            inspect=request.inspect,
-        )
+        with naming_embeddings(self._base):
+            return perturb(
+                start,
+                gradients,
+                gradient_at,
+                space.settings(settings),
+                request.seed,
+                space.can_move(weights),
+                unroll=self._in_step,
+                inspect=request.inspect,
+            )
 
     @contextlib.contextmanager
     def _perturbed_weights(self, term: Callable[[], Tensor]) -> Iterator[None]:
