@@ -81,8 +81,8 @@ class LayerOutputs:
 
     Args:
         layers: The layers, by their paths.
-        num_examples: Number of examples of the batch, `None` where it is unknown while
-            a graph is made.
+        batch: A tensor with a row for each example, or `None`, in which case all
+            outputs are taken to have one.
         optional: Paths of layers that may return no row for each example, or not be
             called at all, because nobody named them one by one.
     """
@@ -90,10 +90,10 @@ class LayerOutputs:
     def __init__(
         self,
         layers: Mapping[str, keras.Layer],
-        num_examples: int | None = None,
+        batch: Tensor | None = None,
         optional: Sequence[str] = (),
     ) -> None:
-        self._layers, self._num_examples = dict(layers), num_examples
+        self._layers, self._batch = dict(layers), batch
         self._optional = set(optional)
         # The paths of the last recording, in the order of the calls.
         self._order: list[str] = []
@@ -251,15 +251,31 @@ class LayerOutputs:
         if not keras.backend.is_float_dtype(backend.dtype_name(output)):
             return False
         shape = tuple(output.shape)
-        known = self._num_examples is not None and bool(shape) and shape[0] is not None
-        if shape and (not known or shape[0] == self._num_examples):
+        if shape and self._batch is None:
+            return True
+        # `None` is a size that is unknown while a graph is made.
+        examples = None if self._batch is None else self._batch.shape[0]
+        if shape and shape[0] == examples:
+            if examples is None:
+                self._check_rows(path, output)
             return True
         if path in self._optional:
             return False
         raise ValueError(
             f"`perturb` must name layers that return a row for each example. Received: "
-            f"{path!r}, which returns the shape {shape} for {self._num_examples} "
-            "examples. Name the layer after it."
+            f"{path!r}, which returns the shape {shape} for {examples} examples. Name "
+            "the layer after it."
+        )
+
+    def _check_rows(self, path: str, output: Tensor) -> None:
+        """Checks when a graph runs that an output has a row for each example."""
+        difference = backend.num_rows(output) - backend.num_rows(self._batch)
+        backend.assert_at_most(
+            ops.abs(difference),
+            0,
+            f"`perturb` must name layers that return a row for each example, and "
+            f"{path!r} returns another number of rows. Name the layers one by one, "
+            "without it.",
         )
 
     def _check_called(self, found: Recorded) -> None:
@@ -290,11 +306,11 @@ def layer_outputs(
     names = [name for name in names if name != INPUTS]
     if not names:
         return None
-    sizes = [leaf.shape[0] for leaf in tree.flatten(x) if leaf is not None]
+    batch = next((leaf for leaf in tree.flatten(x) if leaf is not None), None)
     layers = find_layers(model, names)
     one_by_one = find_layers(model, [name for name in names if name != EMBEDDINGS])
     optional = [path for path in layers if path not in one_by_one]
-    return LayerOutputs(layers, sizes[0] if sizes else None, optional)
+    return LayerOutputs(layers, batch, optional)
 
 
 def find_layers(model: keras.Model, names: Sequence[str]) -> dict[str, keras.Layer]:
