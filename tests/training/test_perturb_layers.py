@@ -11,7 +11,7 @@ from helpers.backends import array, gradient_of, gradients_of, tensor
 from keras import layers, ops
 
 import advreg
-from advreg import AdvRegConfig, AdversarialRegularization, attacks
+from advreg import AdversarialRegularization, AdvRegConfig, attacks
 
 pytestmark = pytest.mark.every_backend
 
@@ -451,7 +451,7 @@ def test_names_of_several_layers():
     ids = keras.Input((LENGTH,), dtype="int32")
     added = layers.Add()([Twice(name="one")(ids), Twice(name="two")(ids)])
     parts = Parts(keras.Model(ids, added), None, None, None, IDS)
-    with pytest.raises(ValueError, match="several paths: .'one/hidden', 'two/hidden'"):
+    with pytest.raises(ValueError, match=r"several paths: .'one/hidden', 'two/hidden'"):
         wrapped(parts, config(perturb="hidden")).fit(IDS, Y, verbose=0)
     found = wrapped(parts, config(perturb="two/hidden")).displace_on_batch(IDS, Y)
     assert list(found) == ["two/hidden"]
@@ -460,7 +460,7 @@ def test_names_of_several_layers():
 
 
 def test_the_cell_of_an_rnn():
-    with pytest.raises(ValueError, match="called in a loop. Name the RNN itself: 'ls"):
+    with pytest.raises(ValueError, match=r"called in a loop. Name the RNN itself: 'ls"):
         wrapped(make("LSTM with mask"), config(perturb="lstm_cell")).fit(
             IDS, Y, verbose=0
         )
@@ -470,9 +470,7 @@ def test_a_table_of_positions_is_left_out_or_refused():
     parts = make("attention")
     assert list(wrapped(parts, config()).displace_on_batch(IDS, Y)) == ["words"]
     model = wrapped(parts, config(perturb="places"))
-    with pytest.raises(
-        ValueError, match=r"for each example. Received: .*/places'.*6, 4"
-    ):
+    with pytest.raises(ValueError, match=r"for each example. Received: .*/places'.*6"):
         model.displace_on_batch(IDS, Y)
     with pytest.raises(ValueError, match="must name layers that return a row for each"):
         model.fit(IDS, Y, batch_size=5, verbose=0)
@@ -493,7 +491,7 @@ def test_a_layer_that_is_not_called():
     model = Silent()
     model(IDS)
     parts = Parts(model, None, None, None, IDS)
-    with pytest.raises(ValueError, match="without such an output: .'never'"):
+    with pytest.raises(ValueError, match=r"without such an output: .'never'"):
         wrapped(parts, config(perturb="never")).fit(IDS, Y, verbose=0)
 
 
@@ -519,9 +517,9 @@ def test_methods_say_which_of_them_is_meant():
         model.perturb_on_batch(x, Y)
     moved = model.perturb_on_batch(x, Y, perturb="inputs")
     assert np.abs(moved[0] - COLUMNS).max() > 0.1
-    with pytest.raises(ValueError, match="Pass `perturb='embeddings'`. Received"):
+    with pytest.raises(ValueError, match=r"Pass `perturb='embeddings'`. Received"):
         model.displace_on_batch(x, Y, perturb="inputs")
-    with pytest.raises(ValueError, match="Pass `perturb='words'`. Received"):
+    with pytest.raises(ValueError, match=r"Pass `perturb='words'`. Received"):
         model.displace_on_batch(x, Y, perturb=("inputs", "words"))
     with pytest.raises(ValueError, match='must be "inputs" in a custom loop'):
         advreg.gen_adv_neighbor(
@@ -545,7 +543,7 @@ def test_displaced_is_for_calls_of_the_model():
             enter(found, lambda: model.predict(IDS, verbose=0))
     with pytest.raises(ValueError, match=r"^A displacement must have the shape of the"):
         enter({"words": [found["words"][0][:3]]})
-    with pytest.raises(ValueError, match="Received too many, by layer: {'words': 1}"):
+    with pytest.raises(ValueError, match=r"Received too many, by layer: {'words': 1}"):
         enter({"words": [*found["words"], *found["words"]]})
     with pytest.raises(ValueError, match="more outputs than there are displacements"):
         enter({"words": []})
