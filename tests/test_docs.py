@@ -127,6 +127,7 @@ def test_the_code_of_the_recipes_runs(tmp_path, monkeypatch):
     assert f"separated by {distance:.2f} in L∞" in " ".join(page.split())
 
 
+@pytest.mark.slow
 def test_the_code_of_the_page_on_text_runs():
     page = (TESTS.parent / "docs" / "text.md").read_text()
     scope = {}
