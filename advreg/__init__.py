@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from advreg.evaluation.robustness import evaluate_robustness
     from advreg.objectives import Objective
     from advreg.training.custom_loops import adversarial_loss, gen_adv_neighbor
+    from advreg.training.displaced import displaced
     from advreg.training.model import AdversarialRegularization
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "adversarial_loss",
     "attacks",
     "callbacks",
+    "displaced",
     "evaluate_robustness",
     "gen_adv_neighbor",
     "make_adv_reg_config",
@@ -62,6 +64,7 @@ _MODULE_OF = {
     "Objective": "objectives",
     "RobustnessReport": "evaluation.report",
     "adversarial_loss": "training.custom_loops",
+    "displaced": "training.displaced",
     "evaluate_robustness": "evaluation.robustness",
     "gen_adv_neighbor": "training.custom_loops",
     "make_adv_reg_config": "config.configs",

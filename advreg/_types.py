@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import keras
@@ -12,3 +13,4 @@ Gradients: TypeAlias = list  # One tensor, or `None`, for each leaf of the featu
 Schedule = keras.optimizers.schedules.LearningRateSchedule
 Number: TypeAlias = Any  # A float, or a `Schedule`.
 Constraint: TypeAlias = Any  # `None`, a number, an array, or a structure of these.
+Watch: TypeAlias = Callable[[Tensor], Tensor]  # See `backend.differentiate_step`.

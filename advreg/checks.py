@@ -176,6 +176,29 @@ def check_bool(name: str, value: Any) -> bool:
     return bool(value)
 
 
+def check_names(name: str, value: Any) -> str | tuple[str, ...]:
+    """Checks that a value is a name, or several, and returns it with these as a tuple.
+
+    Raises:
+        TypeError: It is not.
+        ValueError: There is no name, or an empty one, or one comes twice.
+    """
+    several = (value,) if isinstance(value, str) else value
+    if not isinstance(several, (list, tuple)) or not all(
+        isinstance(each, str) for each in several
+    ):
+        raise TypeError(
+            f"`{name}` must be a name, or a list or tuple of names. Received: "
+            f"{describe_value(value)}"
+        )
+    if not several or not all(several) or len(set(several)) < len(several):
+        raise ValueError(
+            f"`{name}` must hold at least one name, none of them empty, and each once. "
+            f"Received: {brief(value)}"
+        )
+    return value if isinstance(value, str) else tuple(several)
+
+
 def check_constraint(name: str, value: Any) -> Constraint:
     """Checks a mask or an end of a range, and makes it immutable.
 

@@ -127,6 +127,16 @@ def test_the_code_of_the_recipes_runs(tmp_path, monkeypatch):
     assert f"separated by {distance:.2f} in L∞" in " ".join(page.split())
 
 
+@pytest.mark.slow
+def test_the_code_of_the_page_on_text_runs():
+    page = (TESTS.parent / "docs" / "text.md").read_text()
+    scope = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, scope)
+    (found,) = scope["displacements"].values()
+    assert [each.shape for each in found] == [(8, 12, 50)]
+
+
 def test_the_recipes_name_all_presets():
     page = (TESTS.parent / "docs" / "recipes.md").read_text()
     rows = re.findall(r"^\| `(\w+)\(", page, re.MULTILINE)

@@ -22,6 +22,14 @@ def layers_of(model: Any, include_self: bool = True) -> list[Any]:
     return list(model._flatten_layers(include_self=include_self))
 
 
+def layers_directly_in(layer: Any) -> list[Any]:
+    """Returns the layers that a layer or model holds itself.
+
+    `Model.layers` has them, but other layers that hold layers have no such name.
+    """
+    return list(layer._flatten_layers(include_self=False, recursive=False))
+
+
 def metrics_of(layer: Any) -> list[Any]:
     """Returns the metrics that a layer or model keeps itself.
 
@@ -154,14 +162,21 @@ def known_logits_of(outputs: Any) -> Any:
     return getattr(outputs, "_keras_logits", None)
 
 
-def copy_mask(source: Any, target: Any) -> None:
-    """Gives a tensor the mask of another one, in which padded time steps are false.
+def mask_of(tensor: Any) -> Any:
+    """Returns the mask of a tensor, in which padded time steps are false, or `None`.
 
-    Losses of Keras read it. No public name reads or writes it.
+    Layers and losses of Keras read it. No public name does.
     """
-    from keras.src.backend import get_keras_mask, set_keras_mask
+    from keras.src.backend import get_keras_mask
 
-    mask = get_keras_mask(source)
+    return get_keras_mask(tensor)
+
+
+def copy_mask(source: Any, target: Any) -> None:
+    """Gives a tensor the mask of another one. No public name writes it."""
+    from keras.src.backend import set_keras_mask
+
+    mask = mask_of(source)
     if mask is not None:
         set_keras_mask(target, mask)
 

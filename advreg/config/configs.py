@@ -8,6 +8,7 @@ To change a field, use `dataclasses.replace`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -19,6 +20,7 @@ from advreg.checks import (
     check_constraint,
     check_count,
     check_mask,
+    check_names,
     check_nonnegative,
     check_nonnegative_or_schedule,
     check_order,
@@ -30,6 +32,9 @@ from advreg.config.norms import NormType, check_norm
 from advreg.config.presets import Presets
 from advreg.config.serialization import SerializableConfig
 from advreg.objectives import Objective, check_objective
+
+# Names in `perturb` that stand for no single layer.
+INPUTS, EMBEDDINGS = "inputs", "embeddings"
 
 
 @keras.saving.register_keras_serializable(package="advreg")
@@ -84,6 +89,15 @@ class AdvNeighborConfig(SerializableConfig):
             gradient is 0 at the input, they converge to the direction of the largest
             curvature ([Miyato et al., 2018](https://arxiv.org/abs/1704.03976)). Each
             costs as much as a step.
+        perturb: What is perturbed: `"inputs"`; `"embeddings"`, which are the outputs of
+            all `Embedding` layers; the output of a layer, by its name or the end of its
+            path, such as `"backbone/token_embedding"`; or a tuple of these, which share
+            one ball for each example. Step and radius are in the units of what is
+            perturbed. Masks and clip values concern inputs only.
+        relative: Whether step and radius are multiples of the root mean square of each
+            layer's output, taken for each example without its padding. So the model
+            cannot evade the perturbation by larger embeddings. Inputs have no such
+            unit.
 
     Raises:
         TypeError: A field has the wrong type.
@@ -105,6 +119,8 @@ class AdvNeighborConfig(SerializableConfig):
     random_init: bool = False
     init_radius: Number | None = dataclasses.field(default=None, kw_only=True)
     power_iterations: int = dataclasses.field(default=0, kw_only=True)
+    perturb: str | Sequence[str] = dataclasses.field(default=INPUTS, kw_only=True)
+    relative: bool = dataclasses.field(default=False, kw_only=True)
 
     # Whether the radius is compared with the clip range, and a step of 0 refused, as in
     # attacks. The configuration of `advreg.nsl` does not, as NSL did not.
@@ -126,6 +142,8 @@ class AdvNeighborConfig(SerializableConfig):
             "power_iterations": check_count(
                 "power_iterations", self.power_iterations, 0
             ),
+            "perturb": check_names("perturb", self.perturb),
+            "relative": check_bool("relative", self.relative),
         }
         if self.pgd_epsilon is not None:
             checked["pgd_epsilon"] = check_nonnegative_or_schedule(
@@ -151,6 +169,7 @@ class AdvNeighborConfig(SerializableConfig):
             object.__setattr__(self, name, value)
         check_mask(self.feature_mask)
         check_order(self.clip_value_min, self.clip_value_max)
+        self._check_what_is_perturbed()
         if self._strict:
             self._check_reach()
 
@@ -165,6 +184,34 @@ class AdvNeighborConfig(SerializableConfig):
         if value is None and self.pgd_iterations == 1:
             name, value = "adv_step_size", self.adv_step_size
         return name, value if is_number(value) else None
+
+    @property
+    def perturbs_inputs(self) -> bool:
+        """Whether inputs are perturbed, alone or beside the outputs of layers."""
+        return INPUTS in _as_tuple(self.perturb)
+
+    @property
+    def perturbs_layers(self) -> bool:
+        """Whether outputs of layers are perturbed."""
+        return set(_as_tuple(self.perturb)) != {INPUTS}
+
+    def _check_what_is_perturbed(self) -> None:
+        """Checks that no field is set that has no effect on what is perturbed."""
+        if self.relative and not self.perturbs_layers:
+            raise ValueError(
+                "`relative` is about the outputs of layers: name some in `perturb`, "
+                "or set `relative=False`. Received: relative=True and "
+                f"perturb={self.perturb!r}"
+            )
+        if self.perturbs_inputs:
+            return
+        for name in ("feature_mask", "clip_value_min", "clip_value_max"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"`{name}` concerns inputs, which are not perturbed here: set it "
+                    f'to `None`, or add "{INPUTS}" to `perturb`. Received: '
+                    f"{name}={brief(getattr(self, name))} and perturb={self.perturb!r}"
+                )
 
     def _check_reach(self) -> None:
         """Checks that inputs are perturbed at all, and not beyond the clip range."""
@@ -185,6 +232,10 @@ class AdvNeighborConfig(SerializableConfig):
                 f"pgd_iterations={self.pgd_iterations}, "
                 f"random_init={self.random_init}, start={start!r}"
             )
+
+
+def _as_tuple(names: str | Sequence[str]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _is_zero(value: Number | None) -> bool:
@@ -306,6 +357,8 @@ def make_adv_reg_config(
     *,
     init_radius: Number | None = AdvNeighborConfig.init_radius,
     power_iterations: int = AdvNeighborConfig.power_iterations,
+    perturb: str | Sequence[str] = AdvNeighborConfig.perturb,
+    relative: bool = AdvNeighborConfig.relative,
     objective: Objective | str = AdvRegConfig.objective,
     clean_weight: float = AdvRegConfig.clean_weight,
     weight_perturbation: Number = AdvRegConfig.weight_perturbation,
@@ -324,6 +377,8 @@ def make_adv_reg_config(
         random_init: Whether to start from a random point of the ball.
         init_radius: Radius of the ball of the random start, where it is another one.
         power_iterations: Number of power iterations before the first step.
+        perturb: What is perturbed: `"inputs"`, `"embeddings"`, layers by name.
+        relative: Whether step and radius are in units of the layers' outputs.
         objective: The adversarial term of the loss. See `AdvRegConfig`, as for all that
             follow.
         clean_weight: Weight of the labelled loss on clean inputs.
@@ -353,6 +408,8 @@ def make_adv_reg_config(
             random_init=random_init,
             init_radius=init_radius,
             power_iterations=power_iterations,
+            perturb=perturb,
+            relative=relative,
         ),
         objective=objective,
         clean_weight=clean_weight,

@@ -61,6 +61,18 @@ class Settings(NamedTuple):
     init_radius: Tensor | float | None
     power_iterations: int
 
+    def beside_layers(self) -> Settings:
+        """Returns the settings for `(inputs, displacements)` in place of inputs.
+
+        Masks and clip values concern the inputs alone.
+        """
+        constraints = {
+            name: None if value is None else (value, None)
+            for name in ("feature_mask", "clip_value_min", "clip_value_max")
+            for value in [getattr(self, name)]
+        }
+        return self._replace(**constraints)  # type: ignore[arg-type]
+
     @classmethod
     def of(
         cls, config: AdvNeighborConfig, iteration: Tensor | int | None = None

@@ -37,6 +37,15 @@ from advreg.perturbation.geometry import wide_type
 class NothingMovesError(ValueError):
     """Raised if no feature can be perturbed."""
 
+    def advising(self, advice: str) -> NothingMovesError:
+        """Returns the same error with a further sentence that says what to do.
+
+        Args:
+            advice: The sentence.
+        """
+        rule, received, values = str(self).rpartition(" Received: ")
+        return NothingMovesError(f"{rule} {advice}{received}{values}")
+
 
 class Packing:
     """The layout of the perturbed features of a batch as a `[batch, values]` matrix.

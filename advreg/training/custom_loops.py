@@ -150,6 +150,13 @@ def _neighbor(
             "`adv_neighbor_config` of an `AdvRegConfig`. Received: "
             f"{describe_value(config)}"
         )
+    if config.perturbs_layers:
+        raise ValueError(
+            '`perturb` must be "inputs" in a custom loop, which perturbs the features '
+            "that it gets. To perturb outputs of layers, train with "
+            "`AdversarialRegularization`, or call `model.displace_on_batch` and "
+            f"`advreg.displaced` of it. Received: perturb={config.perturb!r}"
+        )
     settings = Settings.of(config)
     is_function = callable(labeled_loss)
     _check_tape(labeled_loss, gradient_tape)

@@ -8,6 +8,7 @@ in `Trainer`.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import warnings
 from collections.abc import Sequence
@@ -19,15 +20,15 @@ from keras import tree
 from advreg import backend
 from advreg._types import Features
 from advreg.checks import brief, check_model
-from advreg.config.configs import AdvRegConfig
+from advreg.config.configs import AdvNeighborConfig, AdvRegConfig
 from advreg.network.inputs import BatchForm, explain_unknown_class
 from advreg.network.modes import layers_without_training_argument
 from advreg.network.preprocessing import overridden_methods, preprocess, preprocesses
 from advreg.network.states import as_array, assign
-from advreg.perturbation.ball import Settings
 from advreg.training.perturb_on_batch import (
     check_one_batch,
     check_runs_eagerly,
+    displace_on_batch,
     perturb_on_batch,
 )
 from advreg.training.saving import (
@@ -255,20 +256,72 @@ class AdversarialRegularization(Trainer):
         Example:
         >>> x_adv = model.perturb_on_batch(x, y, adv_step_size=0.1, clip_value_min=0.0)
         """
-        check_runs_eagerly()
-        check_one_batch(x)
-        self._check_compiled("perturb_on_batch")
-        backend.sync_state(self)  # A callback may ask in the midst of an epoch.
-        batch = (x, y, sample_weight)
-        if preprocesses(self.base_model):
-            self._warn_of_preprocessing()
-            batch = preprocess(self._form, batch)
+        batch = self._batch_to_perturb("perturb_on_batch", (x, y, sample_weight))
         request = self._request(self._perturbing_seed)
         with explain_unknown_class():
             self._check_batch(batch)
             return perturb_on_batch(
                 request, self, batch[0], self._unpack_labeled(batch), overrides
             )
+
+    def displace_on_batch(
+        self, x: Any, y: Any = None, sample_weight: Any = None, **overrides: Any
+    ) -> dict[str, list[Any]]:
+        """Returns what the attack of training adds to the outputs of layers.
+
+        It is `perturb_on_batch` for a configuration whose `perturb` names layers. See
+        there for how the model runs, and what stays unchanged.
+
+        Args:
+            x: Features of one batch, such as token ids. Labels may be in it if it is a
+                dictionary.
+            y: Labels, where they are not in `x`.
+            sample_weight: Weights of the examples. The displacement of an example of
+                weight 0 is 0.
+            **overrides: Fields of `AdvNeighborConfig` that replace the configured ones
+                for this call, such as `perturb="embeddings"`.
+
+        Returns:
+            A dictionary from the path of each layer to a list of NumPy arrays, one for
+            each output of each call of the layer, of its shape. Padding has the
+            displacement 0. `advreg.displaced` applies them.
+
+        Raises:
+            RuntimeError: It is called inside a `tf.function`.
+            TypeError: `x` is a dataset, or an override is no field of
+                `AdvNeighborConfig`.
+            ValueError: The model is not compiled, labels are missing, inputs are to be
+                perturbed, or a layer is unknown or cannot be perturbed.
+
+        Example:
+        >>> displacements = model.displace_on_batch(ids, y, perturb="embeddings")
+        >>> with advreg.displaced(model, displacements):
+        ...     y_pred = model(ids, training=False)
+        """
+        batch = self._batch_to_perturb("displace_on_batch", (x, y, sample_weight))
+        request = self._request(self._perturbing_seed)
+        with explain_unknown_class():
+            self._check_batch(batch)
+            return displace_on_batch(
+                request, self, self._unpack_labeled(batch), overrides
+            )
+
+    def _batch_to_perturb(self, name: str, batch: Any) -> Any:
+        """Checks that a public method may run, and preprocesses its batch.
+
+        Args:
+            name: Name of the method.
+            batch: Features, labels and sample weights.
+        """
+        check_runs_eagerly(name)
+        check_one_batch(batch[0], name)
+        self._check_compiled(name)
+        backend.sync_state(self)  # A callback may ask in the midst of an epoch.
+        if not preprocesses(self.base_model):
+            return batch
+        if name == "perturb_on_batch":
+            self._warn_of_preprocessing()
+        return preprocess(self._form, batch)
 
     def save(
         self,
@@ -450,7 +503,11 @@ class AdversarialRegularization(Trainer):
 
 def _check_keywords(kwargs: dict[str, Any]) -> None:
     """Checks keyword arguments for `keras.Model`, which older versions do not check."""
-    misplaced = sorted(set(kwargs) & {"multiplier", *Settings._fields})
+    fields = (
+        *dataclasses.fields(AdvRegConfig),
+        *dataclasses.fields(AdvNeighborConfig),
+    )
+    misplaced = sorted(set(kwargs) & {field.name for field in fields})
     if misplaced:
         raise TypeError(
             "Hyperparameters belong in the configuration: "

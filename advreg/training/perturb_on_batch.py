@@ -1,4 +1,7 @@
-"""`perturb_on_batch`: the configured perturbation of one batch, outside of training.
+"""The configured perturbation of one batch, outside of training.
+
+`perturb_on_batch` returns perturbed inputs, and `displace_on_batch` what would be added
+to the outputs of layers.
 
 The arithmetic is that of a training step, but the model runs in inference mode and the
 gradient is always that of the compiled loss. The work is in `_perturbed`, which runs as
@@ -14,16 +17,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops, tree
 
 from advreg import backend
 from advreg._types import Features, Gradients, Tensor
 from advreg.checks import describe
-from advreg.config.configs import AdvNeighborConfig
+from advreg.config.configs import EMBEDDINGS, INPUTS, AdvNeighborConfig
 from advreg.config.norms import NormType
-from advreg.network.gradients import differentiable, input_gradients
+from advreg.network.attack_space import AttackSpace, naming_embeddings
+from advreg.network.gradients import input_gradients
 from advreg.network.images import as_floats, unperturbed_integers_message
-from advreg.network.masks import can_move
 from advreg.network.precision import Precision
 from advreg.perturbation.ascent import perturb
 from advreg.perturbation.ball import Ball, Settings
@@ -64,18 +68,13 @@ def perturb_on_batch(
         The perturbed features, in the structure of `x`.
     """
     config = _override(request.config.adv_neighbor_config, overrides)
-    for name, part in zip(("x", "y", "sample_weight"), batch, strict=True):
-        _check_arrays(name, part)
-    features, labels, weights = (
-        tree.map_structure(backend.to_tensor, part) for part in batch
-    )
-    _build(request, model, features, labels)
-    settings = Settings.of(config, request.iteration)
-    moved, summary, has_no_gradient = _run(
-        request, model, features, labels, weights, settings
-    )
-    if request.checks_data:
-        _check_data(config, summary, has_no_gradient, features)
+    if config.perturbs_layers:
+        raise ValueError(
+            "`perturb_on_batch` returns inputs, and the configuration perturbs outputs "
+            "of layers. Call `displace_on_batch` to get what is added to these, or "
+            f'pass `perturb="{INPUTS}"`. Received: perturb={config.perturb!r}'
+        )
+    features, moved, _ = _attacked(request, model, batch, config)
     leaves = tree.flatten(features)
     names = [str(index) for index in range(len(leaves))]
     perturbed = as_given(
@@ -95,22 +94,86 @@ def perturb_on_batch(
     }
 
 
-def check_runs_eagerly() -> None:
-    """Checks that `perturb_on_batch` is not called while a function is traced.
+def displace_on_batch(
+    request: Request,
+    model: keras.Model,
+    batch: tuple[Features, Any, Any],
+    overrides: dict[str, Any],
+) -> dict[str, list[np.ndarray]]:
+    """Computes the result of `AdversarialRegularization.displace_on_batch`.
+
+    Args:
+        request: The parts of the wrapper.
+        model: The wrapper, to which the cache of compiled functions belongs.
+        batch: Features, labels and sample weights, taken apart.
+        overrides: Fields of `AdvNeighborConfig` that replace the configured ones.
+
+    Returns:
+        What the attack adds to the outputs of layers, `{path: [arrays]}`.
+    """
+    config = _override(request.config.adv_neighbor_config, overrides)
+    if config.perturbs_inputs:
+        others = [n for n in map(str, np.atleast_1d(config.perturb)) if n != INPUTS]
+        named = others[0] if len(others) == 1 else tuple(others) or EMBEDDINGS
+        raise ValueError(
+            "`displace_on_batch` returns what is added to the outputs of layers, so "
+            "`perturb` must name layers, and not inputs. Pass "
+            f"`perturb={named!r}`. Received: "
+            f"perturb={config.perturb!r}"
+        )
+    _, _, displacements = _attacked(request, model, batch, config)
+    return tree.map_structure(ops.convert_to_numpy, displacements)
+
+
+def _attacked(
+    request: Request,
+    model: keras.Model,
+    batch: tuple[Features, Any, Any],
+    config: AdvNeighborConfig,
+) -> tuple[Features, dict[str, Tensor], dict[str, list[Tensor]]]:
+    """Attacks a batch, and checks its data.
+
+    Returns:
+        The features as tensors, the perturbed leaves of them by their numbers, and the
+        displacements of outputs of layers.
+    """
+    for name, part in zip(("x", "y", "sample_weight"), batch, strict=True):
+        _check_arrays(name, part)
+    features, labels, weights = (
+        tree.map_structure(backend.to_tensor, part) for part in batch
+    )
+    _build(request, model, features, labels)
+    moved, displacements, summary, has_no_gradient = _run(
+        request, model, features, labels, weights, config
+    )
+    if request.checks_data:
+        _check_data(config, summary, has_no_gradient, features)
+    return features, moved, displacements
+
+
+def check_runs_eagerly(name: str = "perturb_on_batch") -> None:
+    """Checks that a function is not called while another one is traced.
+
+    Args:
+        name: Name of the function.
 
     Raises:
         RuntimeError: It is.
     """
     if not backend.is_eager():
         raise RuntimeError(
-            "`perturb_on_batch` returns NumPy arrays, which do not exist inside a "
+            f"`{name}` returns NumPy arrays, which do not exist inside a "
             "`tf.function` or `tf.data.Dataset.map`. Call it outside, or use "
             "`advreg.gen_adv_neighbor` there."
         )
 
 
-def check_one_batch(x: Any) -> None:
+def check_one_batch(x: Any, name: str = "perturb_on_batch") -> None:
     """Checks that `x` is one batch, and not a dataset of them.
+
+    Args:
+        x: The argument.
+        name: Name of the function that it is passed to.
 
     Raises:
         TypeError: It is a dataset.
@@ -118,7 +181,7 @@ def check_one_batch(x: Any) -> None:
     if backend.is_dataset(x) or isinstance(x, keras.utils.PyDataset):
         raise TypeError(
             "`x` must be one batch. Loop over a dataset: `for x, y in dataset: "
-            f"model.perturb_on_batch(x, y)`. Received: {type(x).__name__}"
+            f"model.{name}(x, y)`. Received: {type(x).__name__}"
         )
 
 
@@ -128,9 +191,10 @@ def _run(
     features: Features,
     labels: Any,
     weights: Any,
-    settings: Settings,
-) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    config: AdvNeighborConfig,
+) -> tuple[dict[str, Tensor], dict[str, list[Tensor]], Tensor, Tensor]:
     """Runs `_perturbed`, compiled once for batches of any length and any numbers."""
+    settings = Settings.of(config, request.iteration)
     batch = {"features": features, "labels": labels}
     if weights is not None:
         batch["weights"] = weights
@@ -143,6 +207,7 @@ def _run(
             batch["features"],
             batch["labels"],
             batch.get("weights"),
+            config,
             fixed._replace(**numbers),
         )
 
@@ -157,7 +222,10 @@ def _run(
         return function(batch, numbers)
     losses = request.loss.container
     compiled = cache.compiled(
-        ("perturb_on_batch", fixed, id(losses), request.jit_compile),
+        (
+            *("perturb_on_batch", fixed, config.perturb, config.relative),
+            *(id(losses), request.jit_compile),
+        ),
         function,
         (batch,),
         constants=(numbers,),
@@ -178,50 +246,62 @@ def _perturbed(
     features: Features,
     labels: Any,
     weights: Any,
+    config: AdvNeighborConfig,
     settings: Settings,
-) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Perturbs features.
+) -> tuple[dict[str, Tensor], dict[str, list[Tensor]], Tensor, Tensor]:
+    """Perturbs features, or outputs of layers.
 
     Returns:
-        The perturbed leaves by their numbers, a `DataSummary` of the features, and
-        whether every gradient is NaN.
+        The perturbed leaves by their numbers, the displacements of outputs of layers, a
+        `DataSummary` of the features, and whether every gradient is NaN.
     """
     network = request.network
     base, fixed = network.base, network.form.fixed_keys
     floats = as_floats(features, fixed, base)
-    wanted = differentiable(floats, fixed)
+    space = AttackSpace(base, config, floats, fixed)
     precision = Precision(base, floats)
 
-    def loss_at(features: Features) -> Tensor:
+    def forward(features: Features) -> Any:
+        return network.forward(
+            features,
+            training=False,
+            floats=True,
+            for_input_gradient=not request.jit_compile,
+        )
+
+    def loss_at(features: Any) -> Tensor:
         with backend.StatelessScope():
-            y_pred = network.forward(
-                features,
-                training=False,
-                floats=True,
-                for_input_gradient=not request.jit_compile,
-            )
+            with space.at(features) as x:
+                y_pred = forward(x)
             return request.loss.labeled(labels, y_pred, weights)
 
     def gradient_at(features: Features) -> Gradients:
         return input_gradients(loss_at, features, wanted, precision)
 
-    gradients, seen = gradient_at(floats), []
+    if space.has_layers:
+        with backend.StatelessScope(), space.recording():
+            forward(floats)
+    start, wanted = space.start(), space.wanted()
+    gradients, seen = gradient_at(start), []
 
     def inspect(ball: Ball) -> None:
         seen.extend([summarize(ball), ball.all_gradients_nan(gradients)])
 
-    perturbed = perturb(
-        floats,
-        gradients,
-        gradient_at,
-        settings,
-        request.seed,
-        can_move(floats, weights, base),
-        inspect=inspect,
-    )
+    with naming_embeddings(base):
+        perturbed = perturb(
+            start,
+            gradients,
+            gradient_at,
+            space.settings(settings),
+            request.seed,
+            space.can_move(weights),
+            inspect=inspect,
+        )
+    if space.has_layers:
+        return {}, space.displacements(perturbed), *seen
     leaves = zip(tree.flatten(perturbed), gradients, strict=True)
     moved = {str(i): leaf for i, (leaf, g) in enumerate(leaves) if g is not None}
-    return moved, *seen
+    return moved, {}, *seen
 
 
 def _check_data(
@@ -247,11 +327,12 @@ def _check_data(
 def _override(
     config: AdvNeighborConfig, overrides: dict[str, Any]
 ) -> AdvNeighborConfig:
-    unknown = sorted(set(overrides) - set(Settings._fields))
+    names = [field.name for field in dataclasses.fields(AdvNeighborConfig)]
+    unknown = sorted(set(overrides) - set(names))
     if unknown:
         raise TypeError(
-            "Overrides of `perturb_on_batch` must be fields of "
-            f"`AdvNeighborConfig`: {list(Settings._fields)}. Received: {unknown}"
+            "Overrides of `perturb_on_batch` and `displace_on_batch` must be fields of "
+            f"`AdvNeighborConfig`: {names}. Received: {unknown}"
         )
     return dataclasses.replace(config, **overrides)
 

@@ -24,6 +24,8 @@ Three things to know when changing it:
   averages are updated by both passes (see `network.states`).
 - Losses that the base model adds itself count once, in the clean pass, or in the
   adversarial pass if that is the only one.
+- The attack may perturb outputs of layers, in place of inputs or beside them. The clean
+  pass records these outputs (see `network.attack_space`).
 - Replicas may not exchange values inside a loop or a condition. So every exchange is
   outside of the loop of the attack, or this loop is unrolled (`_in_step`).
 """
@@ -39,18 +41,17 @@ import keras
 from keras import ops, tree
 
 from advreg import backend
-from advreg._types import Features, Gradients, Schedule, Tensor
+from advreg._types import Features, Gradients, Schedule, Tensor, Watch
 from advreg.config.norms import NormType
+from advreg.network.attack_space import AttackSpace, naming_embeddings
 from advreg.network.gradients import (
     align,
-    differentiable,
     input_gradients,
     scaled_gradients,
     select,
     with_leaves,
 )
 from advreg.network.logits import logits_of
-from advreg.network.masks import can_move
 from advreg.network.precision import Precision
 from advreg.network.states import (
     assign,
@@ -109,7 +110,12 @@ class Step:
         self._objective: Any = self._config.objective
         self._x, self._y, self._sample_weight = x, y, sample_weight
         self._perturbs = not _is_zero(self._config.multiplier)
-        self._wanted = differentiable(x, self._network.form.fixed_keys)
+        self._space = AttackSpace(
+            self._base,
+            self._config.adv_neighbor_config,
+            x,
+            self._network.form.fixed_keys,
+        )
         self._in_step = backend.synchronizes(self._base)
         self._precision = Precision(self._base, x, in_step=self._in_step)
         # Replicas exchange the sizes of their parts here, because they cannot do so
@@ -146,7 +152,7 @@ class Step:
         return self._one_after_the_other()
 
     def _clean_alone(self) -> StepResult:
-        y_pred, labeled_loss, loss, gradients, _, _ = self._clean_pass([])
+        y_pred, labeled_loss, loss, gradients, _, _ = self._clean_pass(attacked=False)
         return StepResult(
             y_pred, gradients, loss, labeled_loss, ops.zeros_like(labeled_loss)
         )
@@ -159,7 +165,7 @@ class Step:
         # that attacks another loss needs a pass of its own.
         attacks_labels = type(self._objective).attack is Objective.attack
         y_pred, labeled_loss, loss, gradients, input_grads, scale = self._clean_pass(
-            self._wanted if attacks_labels else []
+            attacks_labels
         )
         with self._states_of_the_clean_pass(carried, before):
             x_adv = self._perturb(input_grads if attacks_labels else None, None, scale)
@@ -186,7 +192,7 @@ class Step:
         # Inputs are perturbed at the original weights. So with perturbed weights this
         # needs a clean pass before, whose predictions also serve the metrics.
         if not _is_zero(self._config.weight_perturbation):
-            with backend.StatelessScope():
+            with backend.StatelessScope(), self._space.recording():
                 y_first = self._forward(self._x)
             x_adv = self._perturb(None, y_first)
 
@@ -194,11 +200,12 @@ class Step:
             y_pred = self._forward(self._x)
             labeled_loss = self._labeled_loss(y_pred)
             with self._states_of_the_clean_pass(carried, before):
-                y_adv = self._forward(x_adv)
+                y_adv = self._forward_at(x_adv)
             return self._clean_total(labeled_loss, []) + self._compare(y_pred, y_adv)
 
-        def both_passes(_: Any) -> tuple[Tensor, None, Any]:
-            y_pred = self._forward(self._x)
+        def both_passes(*_: Any) -> tuple[Tensor, None, Any]:
+            with self._space.recording() if x_adv is None else contextlib.nullcontext():
+                y_pred = self._forward(self._x)
             labeled_loss = self._labeled_loss(y_pred)
             loss = self._clean_total(labeled_loss, self._request.added_losses())
             with self._states_of_the_clean_pass(carried, before):
@@ -207,7 +214,7 @@ class Step:
                     # The tape of this step must not record the iterations.
                     with backend.constants():
                         moved = self._perturb(None, y_pred)
-                y_adv = self._forward(moved)
+                y_adv = self._forward_at(moved)
             # The container of losses has counted the clean pass already.
             with backend.StatelessScope():
                 adversarial_loss = self._compare(y_pred, y_adv)
@@ -224,7 +231,7 @@ class Step:
         return StepResult(y_pred, gradients, loss, labeled_loss, adversarial_loss)
 
     def _clean_pass(
-        self, wanted: Sequence[bool]
+        self, attacked: bool
     ) -> tuple[Any, Tensor, Tensor, list[Tensor], Gradients, Tensor | float | None]:
         """Runs the clean pass, and takes its two gradients.
 
@@ -235,44 +242,59 @@ class Step:
         the scale of the gradient.
 
         Args:
-            wanted: For each leaf of the features whether its gradient is wanted. Empty
-                for none.
+            attacked: Whether the gradient of the labelled loss is wanted.
 
         Returns:
             The predictions, the labelled and the total loss, the gradients of the total
             loss with respect to the weights, those of the labelled loss with respect to
-            the wanted features, and the scale of the latter, which matters in half
-            precision.
+            the features of the attack, and the scale of the latter, which matters in
+            half precision.
         """
-        request, wanted = self._request, list(wanted)
+        request, space = self._request, self._space
+        wanted = space.inputs if attacked else []
         watched = select(self._x, wanted) if wanted else []
+        watches = attacked and space.has_layers
         scale: Any = request.scaled(ops.ones([]))
 
-        def passed(leaves: list[Tensor]) -> tuple[Tensor, Tensor, Any]:
+        def passed(leaves: list[Tensor], watch: Watch) -> tuple[Tensor, Tensor, Any]:
             nonlocal scale
             x = with_leaves(self._x, wanted, leaves) if leaves else self._x
-            y_pred = self._forward(x, for_input_gradient=bool(leaves))
+            with self._recording(watch if watches else None):
+                y_pred = self._forward(x, for_input_gradient=bool(leaves))
             labeled_loss = self._labeled_loss(y_pred)
             added = request.added_losses()
             loss = self._clean_total(labeled_loss, added)
-            total = attacked = request.scaled(loss)
+            total = climbed = request.scaled(loss)
             weights = request.trainable_weights()
             # `add_loss` and activity regularisers may add losses that depend on the
             # input, and the attack must raise the labelled loss alone. They are there
             # if there are more added losses than weights with a regulariser. In half
             # precision the input gradient needs a scale, too.
             apart = len(added) > sum(v.regularizer is not None for v in weights)
-            if leaves and (apart or (self._precision.half and total is loss)):
+            apart = apart or (self._precision.half and total is loss)
+            if attacked and apart:
                 scale = self._precision.scale
-                attacked = labeled_loss
+                climbed = labeled_loss
                 if scale is not None:
-                    attacked = attacked * ops.cast(scale, attacked.dtype)
-            return total, attacked, (y_pred, labeled_loss, loss)
+                    climbed = climbed * ops.cast(scale, climbed.dtype)
+            return total, climbed, (y_pred, labeled_loss, loss, space.recorded)
 
-        (y_pred, labeled_loss, loss), gradients, found = backend.differentiate_step(
-            passed, request.trainable_weights, watched
+        others, gradients, found = backend.differentiate_step(
+            passed, request.trainable_weights, watched, watches
         )
-        return y_pred, labeled_loss, loss, gradients, align(found, wanted), scale
+        y_pred, labeled_loss, loss, space.recorded = others
+        of_inputs = align(found[: len(watched)], wanted)
+        if attacked:
+            of_inputs = space.gradients(of_inputs, found[len(watched) :])
+        return y_pred, labeled_loss, loss, gradients, of_inputs, scale
+
+    def _recording(
+        self, watch: Watch | None
+    ) -> contextlib.AbstractContextManager[None]:
+        """Records outputs of layers, as a context manager, if this step needs them."""
+        if not self._perturbs:
+            return contextlib.nullcontext()
+        return self._space.recording(watch)
 
     def _adversarial_pass(
         self, x_adv: Features, alone: bool = False
@@ -291,10 +313,10 @@ class Step:
         """
 
         def adversarial_term() -> Tensor:
-            return self._compare(None, self._forward(x_adv))
+            return self._compare(None, self._forward_at(x_adv))
 
-        def passed(_: Any) -> tuple[Tensor, None, Any]:
-            y_pred = self._forward(x_adv)
+        def passed(*_: Any) -> tuple[Tensor, None, Any]:
+            y_pred = self._forward_at(x_adv)
             with contextlib.nullcontext() if alone else backend.StatelessScope():
                 loss = self._compare(None, y_pred)
             added = self._request.added_losses() if alone else []
@@ -325,30 +347,39 @@ class Step:
 
         def loss_at(features: Features) -> Tensor:
             with backend.StatelessScope():
-                y_pred = self._forward(features, for_input_gradient=True)
+                y_pred = self._forward_at(features, for_input_gradient=True)
                 batch = self._batch(clean, y_pred, constant=True)
                 return self._objective.attack(batch)
 
-        def gradient_at(features: Features) -> Gradients:
-            return input_gradients(loss_at, features, self._wanted, self._precision)
-
-        if gradients is None:
-            gradients = gradient_at(self._x)
-        else:
-            again = functools.partial(scaled_gradients, loss_at, self._x, self._wanted)
-            gradients = self._precision.unscale(gradients, scale, again)
+        settings = Settings.of(self._config.adv_neighbor_config, request.iteration)
         # Examples of weight 0 stay unperturbed, unless the objective uses them.
         weights = None if self._objective.uses_unlabeled else self._sample_weight
-        return perturb(
-            self._x,
-            gradients,
-            gradient_at,
-            Settings.of(self._config.adv_neighbor_config, request.iteration),
-            request.seed,
-            can_move(self._x, weights, self._base),
-            unroll=self._in_step,
-            inspect=request.inspect,
-        )
+        space = self._space
+        if space.has_layers and space.recorded is None:
+            # In a graph only shapes and masks of this pass are computed.
+            with backend.StatelessScope(), space.recording():
+                self._forward(self._x)
+        start, wanted = space.start(), space.wanted()
+
+        def gradient_at(features: Features) -> Gradients:
+            return input_gradients(loss_at, features, wanted, self._precision)
+
+        if gradients is None:
+            gradients = gradient_at(start)
+        else:
+            again = functools.partial(scaled_gradients, loss_at, start, wanted)
+            gradients = self._precision.unscale(gradients, scale, again)
+        with naming_embeddings(self._base):
+            return perturb(
+                start,
+                gradients,
+                gradient_at,
+                space.settings(settings),
+                request.seed,
+                space.can_move(weights),
+                unroll=self._in_step,
+                inspect=request.inspect,
+            )
 
     @contextlib.contextmanager
     def _perturbed_weights(self, term: Callable[[], Tensor]) -> Iterator[None]:
@@ -463,6 +494,11 @@ class Step:
 
     def _total(self, loss: Tensor, added: Sequence[Tensor]) -> Tensor:
         return self._request.loss.total(loss, added, self._weight)
+
+    def _forward_at(self, features: Any, for_input_gradient: bool = False) -> Any:
+        """Runs the model on features of the attack, see `AttackSpace.start`."""
+        with self._space.at(features) as x:
+            return self._forward(x, for_input_gradient)
 
     def _forward(self, features: Features, for_input_gradient: bool = False) -> Any:
         return self._network.forward(

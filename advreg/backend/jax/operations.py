@@ -20,12 +20,13 @@ from typing import Any
 
 import jax
 import jax.experimental.sparse
+import jax.extend.core
 import jax.numpy as jnp
 import keras
 import numpy as np
 from keras import ops
 
-from advreg._types import Tensor
+from advreg._types import Tensor, Watch
 from advreg.backend.jax.scopes import ConstantScope, StatelessScope
 
 ERRORS = (jax.errors.JAXTypeError, jax.errors.JaxRuntimeError)
@@ -45,6 +46,14 @@ def is_sparse(leaf: Any) -> bool:
 def is_eager() -> bool:
     """Returns whether operations run at once, rather than become part of a graph."""
     return not is_symbolic(jnp.zeros(()))
+
+
+def current_trace() -> Any:
+    """Returns what equals itself only while the same function is traced.
+
+    See `backend.tensorflow.operations.current_trace`.
+    """
+    return jax.extend.core.get_opaque_trace_state()
 
 
 def is_symbolic(tensor: Tensor) -> bool:
@@ -161,16 +170,20 @@ def differentiate(
 
 
 def differentiate_step(
-    function: Callable[[list[Tensor]], tuple[Tensor, Tensor | None, Any]],
+    function: Callable[[list[Tensor], Watch], tuple[Tensor, Tensor | None, Any]],
     variables: Callable[[], Sequence[keras.Variable]],
     tensors: Sequence[Tensor] = (),
+    watches: bool = False,
 ) -> tuple[Any, list[Any], list[Any]]:
     """Runs a function, and takes two gradients of the values that it returns.
 
     See `backend.tensorflow.operations.differentiate_step`. The variables must exist
-    before.
+    before. JAX differentiates with respect to arguments alone. So a watched tensor is
+    the sum of itself and of an argument that is 0, and a pass that computes nothing
+    finds out the shapes of these arguments.
     """
     tensors, weights = list(tensors), list(variables())
+    given, shapes = len(tensors), []
     flows: set[int] = set()
     updated: list[keras.Variable] = []
     apart = False
@@ -179,13 +192,25 @@ def differentiate_step(
         nonlocal apart
         mapping = zip(weights, values, strict=True)
         with StatelessScope(list(mapping), collect_losses=True) as scope:
-            total, attacked, others = function(_watched(leaves, flows))
+            leaves = _watched(leaves, flows)
+            zeros = iter(leaves[given:])
+
+            def watch(tensor: Tensor) -> Tensor:
+                if len(leaves) > given:
+                    return tensor + next(zeros)
+                shapes.append(jax.ShapeDtypeStruct(tensor.shape, tensor.dtype))
+                return tensor
+
+            total, attacked, others = function(leaves[:given], watch)
         updated[:] = scope.updated
         changes = [scope.get_current_value(variable) for variable in updated]
         apart = bool(leaves) and attacked is not total
         return ((total, attacked) if apart else (total,)), (others, changes)
 
     values = [weight.value for weight in weights]
+    if watches:
+        jax.eval_shape(lambda values, leaves: run(values, leaves)[0], values, tensors)
+        tensors += [jnp.zeros(shape.shape, shape.dtype) for shape in shapes]
     results, backward, (others, changes) = jax.vjp(run, values, tensors, has_aux=True)
     ones = [jnp.ones_like(result) for result in results]
     if apart:

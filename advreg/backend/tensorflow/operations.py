@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 from keras import ops, tree
 
-from advreg._types import Tensor
+from advreg._types import Tensor, Watch
 from advreg.backend import keras_private
 
 ERRORS = (tf.errors.OpError,)  # The errors that operations of TensorFlow raise.
@@ -44,6 +44,15 @@ def is_ragged(leaf: Any) -> bool:
 def is_eager() -> bool:
     """Returns whether operations run at once, rather than become part of a graph."""
     return tf.executing_eagerly()
+
+
+def current_trace() -> Any:
+    """Returns what equals itself only while the same function is traced.
+
+    A loop, or a compiled function that the traced one calls, is a trace of its own: a
+    tensor that is made there cannot be used outside.
+    """
+    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
 
 
 def is_symbolic(tensor: Tensor) -> bool:
@@ -190,30 +199,44 @@ def differentiate(
 
 
 def differentiate_step(
-    function: Callable[[list[Tensor]], tuple[Tensor, Tensor | None, Any]],
+    function: Callable[[list[Tensor], Watch], tuple[Tensor, Tensor | None, Any]],
     variables: Callable[[], Sequence[keras.Variable]],
     tensors: Sequence[Tensor] = (),
+    watches: bool = False,
 ) -> tuple[Any, list[Any], list[Any]]:
     """Runs a function, and takes two gradients of the values that it returns.
 
     Args:
-        function: Function of a list of tensors that returns a value to differentiate
-            with respect to variables, a value to differentiate with respect to the
-            tensors, and anything else. If the two values are one object, a single
-            backward pass gives both gradients.
+        function: Function of a list of tensors, and of a function `watch`. It returns a
+            value to differentiate with respect to variables, a value to differentiate
+            with respect to the tensors, and anything else. If the two values are one
+            object, a single backward pass gives both gradients. `watch(tensor)` returns
+            a tensor that is equal to what is computed on the way, and whose gradient is
+            wanted too: the function must go on with the returned one.
         variables: Function that returns the variables. It is called after the other
             one, which may create some.
         tensors: The argument of the function.
+        watches: Whether the function calls `watch`.
 
     Returns:
         What else the function returned, a gradient for each variable, and one for each
-        tensor. A gradient may be `None`, or sparse.
+        tensor, after which come those of the watched ones in the order of the calls. A
+        gradient may be `None`, or sparse.
     """
     tensors = list(tensors)
     # Two gradients of one tape need a persistent one.
-    with tf.GradientTape(persistent=bool(tensors)) as tape, _active(tape):
+    with tf.GradientTape(persistent=bool(tensors) or watches) as tape, _active(tape):
+
+        def watch(tensor: Tensor) -> Tensor:
+            tensor = tf.identity(tensor)
+            tape.watch(tensor)
+            watched.append(tensor)
+            return tensor
+
+        watched: list[Tensor] = []
         tape.watch(tensors)
-        total, attacked, others = function(tensors)
+        total, attacked, others = function(tensors, watch)
+    tensors += watched
     weights = list(variables())
     if not tensors:
         return others, tape.gradient(total, weights), []

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from keras import ops, tree
 
-from advreg._types import Tensor
+from advreg._types import Tensor, Watch
 
 ERRORS = (RuntimeError, IndexError)  # The errors that operations of PyTorch raise.
 NUM_SEEDS = 2**31  # The seeds that a `SeedGenerator` of Keras takes.
@@ -40,6 +40,11 @@ def is_sparse(leaf: Any) -> bool:
 def is_eager() -> bool:
     """Returns whether operations run at once: always."""
     return True
+
+
+def current_trace() -> Any:
+    """Returns `None`, because nothing is traced."""
+    return None
 
 
 def is_symbolic(tensor: Tensor) -> bool:
@@ -160,17 +165,27 @@ def differentiate(
 
 
 def differentiate_step(
-    function: Callable[[list[Tensor]], tuple[Tensor, Tensor | None, Any]],
+    function: Callable[[list[Tensor], Watch], tuple[Tensor, Tensor | None, Any]],
     variables: Callable[[], Sequence[keras.Variable]],
     tensors: Sequence[Tensor] = (),
+    watches: bool = False,
 ) -> tuple[Any, list[Any], list[Any]]:
     """Runs a function, and takes two gradients of the values that it returns.
 
     See `backend.tensorflow.operations.differentiate_step`.
     """
+    leaves: list[Tensor] = []
+
+    def watch(tensor: Tensor) -> Tensor:
+        if not tensor.requires_grad:  # No trained weight is before it.
+            tensor = tensor.detach().requires_grad_()
+        leaves.append(tensor)
+        return tensor
+
     with torch.enable_grad():
-        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-        total, attacked, others = function(leaves)
+        given = [tensor.detach().requires_grad_() for tensor in tensors]
+        total, attacked, others = function(given, watch)
+    leaves[:0] = given
     weights = [variable.value for variable in variables()]
     if leaves and attacked is not total:
         of_tensors = _gradients(attacked, leaves, keep=True)
