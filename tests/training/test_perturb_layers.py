@@ -137,6 +137,13 @@ KINDS = {
     "tabular": tabular,
 }
 
+# JAX compiles each for seconds.
+CHOSEN = (
+    slow_but(KINDS, "LSTM with mask", "attention", "tabular")
+    if keras.backend.backend() == "jax"
+    else list(KINDS)
+)
+
 
 def make(kind):
     keras.utils.set_random_seed(1)
@@ -241,7 +248,7 @@ def wrapped(parts, adv_config, **kwargs):
 @pytest.mark.parametrize(
     "how", [*slow({"run_eagerly": True}, {"jit_compile": True}), {"jit_compile": False}]
 )
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CHOSEN)
 def test_a_step_is_that_of_a_model_cut_in_two(kind, how):
     if keras.backend.backend() == "torch" and how.get("jit_compile"):
         pytest.skip("PyTorch runs everything at once")
@@ -278,7 +285,7 @@ def test_a_radius_in_units_of_the_embedding(kind):
         np.testing.assert_allclose(array(weight.value), value, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CHOSEN)
 def test_what_is_displaced_is_what_training_adds(kind):
     parts = make(kind)
     expected, _ = Oracle(parts).displacements()
