@@ -28,7 +28,8 @@ from keras import tree
 from advreg import backend
 from advreg.attacks.attack import Attack
 from advreg.attacks.fgsm import FGSM
-from advreg.attacks.foreign import ForeignAttack, as_attack
+from advreg.attacks.foreign import AnyAttack, as_attack
+from advreg.attacks.substitution import RandomSubstitution
 from advreg.checks import brief, check_count, describe_value, is_number
 from advreg.evaluation.attack_run import AttackRun
 from advreg.evaluation.diagnostics import surroundings
@@ -97,7 +98,7 @@ class _AtEpochEnd(keras.callbacks.Callback):
                 )
             logs[f"val_{name}"] = value
 
-    def _accuracy(self, attack: Attack | ForeignAttack) -> float:
+    def _accuracy(self, attack: AnyAttack) -> float:
         """Computes the accuracy under an attack."""
         run = AttackRun(attack, self.model, "attack", self._batch_size)
         target = classifier(self.model, attack.from_logits)
@@ -286,9 +287,7 @@ class CatastrophicOverfitting(_AtEpochEnd):
         )
 
 
-def _check_measurable(
-    model: keras.Model, attack: Attack | ForeignAttack, x: Any, y: Any
-) -> None:
+def _check_measurable(model: keras.Model, attack: AnyAttack, x: Any, y: Any) -> None:
     """Checks a model, an attack and the first rows of data before any training.
 
     Otherwise a mistake would show only at the end of the first epoch.
@@ -345,7 +344,7 @@ def _is_rows(leaf: Any) -> bool:
     return hasattr(leaf, "shape") and getattr(leaf, "ndim", 1) != 0
 
 
-def _single_step(attack: Attack | ForeignAttack) -> FGSM:
+def _single_step(attack: AnyAttack) -> FGSM:
     """Makes the single-step attack with the threat model of an iterative one."""
     if not attack.is_native:
         raise ValueError(
@@ -356,7 +355,7 @@ def _single_step(attack: Attack | ForeignAttack) -> FGSM:
     return FGSM(**surroundings(attack), loss=attack.loss)
 
 
-def _seeded(name: str, attack: Any) -> Attack | ForeignAttack:
+def _seeded(name: str, attack: Any) -> AnyAttack:
     """Checks an attack, and gives it a seed if it has none.
 
     All epochs are then measured with the same random starts, and the random state of
@@ -370,7 +369,7 @@ def _seeded(name: str, attack: Any) -> Attack | ForeignAttack:
     attack = as_attack(attack)
     if attack.targeted:
         raise ValueError(f"`{name}` must not be targeted. Received: {brief(attack)}")
-    if isinstance(attack, Attack) and attack.seed is None:
+    if isinstance(attack, (Attack, RandomSubstitution)) and attack.seed is None:
         return dataclasses.replace(attack, seed=0)
     return attack
 

@@ -10,6 +10,7 @@ Read in this order:
 - `fgsm`, `pgd`, `apgd`, `square` and so on: one file for each attack, with its
   hyperparameters and its solver.
 - `engine`: runs solvers.
+- `substitution`: replaces tokens, which lie in no ball.
 - `foreign`: callables that are not advreg's own.
 - `transfer`: attacks one model with examples that were made for another.
 - `art`: the bridge to the Adversarial Robustness Toolbox.
@@ -24,6 +25,7 @@ from advreg.attacks.fgsm import FGSM
 from advreg.attacks.pgd import PGD
 from advreg.attacks.random_noise import RandomNoise
 from advreg.attacks.square import Square
+from advreg.attacks.substitution import RandomSubstitution, TokenSubstitution
 from advreg.attacks.transfer import Transfer
 
 __all__ = [
@@ -35,6 +37,8 @@ __all__ = [
     "Attack",
     "AutoAttack",
     "RandomNoise",
+    "RandomSubstitution",
     "Square",
+    "TokenSubstitution",
     "Transfer",
 ]

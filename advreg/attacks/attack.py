@@ -76,6 +76,8 @@ class Attack:
     # Whether it can attack a model of regression, by its compiled loss.
     supports_regression: ClassVar[bool] = False
     is_native: ClassVar[bool] = True  # False of `ForeignAttack`.
+    # Whether it keeps to other limits than a ball, as substitutions of tokens do.
+    is_bounded: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self._set("epsilon", check_nonnegative("epsilon", self.epsilon))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import keras
 import numpy as np
@@ -36,6 +36,7 @@ from advreg.attacks.engine.rows import (
 from advreg.attacks.engine.runner import Pipeline
 from advreg.attacks.engine.solver import Solver
 from advreg.attacks.engine.target import TargetModel
+from advreg.attacks.substitution import RandomSubstitution
 from advreg.checks import check_nonnegative, describe, describe_value
 from advreg.config.norms import NormType, check_norm
 from advreg.network.preprocessing import preprocessing_off
@@ -44,13 +45,13 @@ from advreg.network.preprocessing import preprocessing_off
 _RANGE_TOLERANCE = 1e-4
 
 
-def as_attack(value: Any) -> Attack | ForeignAttack:
+def as_attack(value: Any) -> AnyAttack:
     """Returns an attack, or the description of any callable as one.
 
     Args:
-        value: An `Attack`, which is returned unchanged, or any callable
-            `attack(model, x, y) -> x_adv`. Its attributes `name`, `epsilon`, `norm`,
-            `targeted`, `clip_value_min`, `clip_value_max`, `feature_mask`,
+        value: An attack of `advreg.attacks`, which is returned unchanged, or any
+            callable `attack(model, x, y) -> x_adv`. Its attributes `name`, `epsilon`,
+            `norm`, `targeted`, `clip_value_min`, `clip_value_max`, `feature_mask`,
             `from_logits`, `seed`, `uses_gradient`, `iterations_per_start` and
             `with_epsilon` are used where it has them.
 
@@ -58,7 +59,7 @@ def as_attack(value: Any) -> Attack | ForeignAttack:
         TypeError: `value` is not callable, or a class, or its `epsilon` is no number.
         ValueError: Its `norm` is no norm.
     """
-    if isinstance(value, (Attack, ForeignAttack)):
+    if isinstance(value, (Attack, ForeignAttack, RandomSubstitution)):
         return value
     if isinstance(value, type) or not callable(value):
         raise TypeError(
@@ -118,6 +119,7 @@ class ForeignAttack:
     iterations_per_start: int
 
     is_native: ClassVar[bool] = False
+    is_bounded: ClassVar[bool] = False  # Beside its radius, if it has one.
     loss: ClassVar[str | None] = None
 
     @property
@@ -139,6 +141,10 @@ class ForeignAttack:
 
     def __repr__(self) -> str:
         return repr(self.attack)
+
+
+# What reports run: each has `bind`, and says what kind of attack it is.
+AnyAttack: TypeAlias = Attack | ForeignAttack | RandomSubstitution
 
 
 class BoundForeignAttack:

@@ -11,7 +11,7 @@ from advreg._types import Constraint
 from advreg.attacks.arguments import check_runs_eagerly
 from advreg.attacks.attack import Attack
 from advreg.attacks.engine.target import TargetModel
-from advreg.attacks.foreign import ForeignAttack, as_attack
+from advreg.attacks.foreign import AnyAttack, as_attack
 from advreg.checks import check_model, describe_value
 from advreg.config.norms import NormType
 from advreg.network.preprocessing import preprocessing_off
@@ -88,7 +88,7 @@ class Transfer:
         return self._described.iterations_per_start
 
     @property
-    def _described(self) -> Attack | ForeignAttack:
+    def _described(self) -> AnyAttack:
         return as_attack(self.attack)
 
     def with_epsilon(self, epsilon: float) -> Transfer:

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from advreg.attacks.attack import Attack
-from advreg.attacks.foreign import ForeignAttack, as_attack
+from advreg.attacks.foreign import AnyAttack, ForeignAttack, as_attack
+from advreg.attacks.substitution import RandomSubstitution
 from advreg.attacks.transfer import Transfer
 from advreg.checks import brief, check_nonnegative, describe_value, is_number
 
 
-def listed_attacks(attacks: Any) -> list[Attack | ForeignAttack]:
+def listed_attacks(attacks: Any) -> list[AnyAttack]:
     """Checks the attacks of a report, and returns them as a list.
 
     Args:
@@ -43,9 +44,7 @@ def listed_attacks(attacks: Any) -> list[Attack | ForeignAttack]:
     return described
 
 
-def at_radii(
-    attack: Attack | ForeignAttack, epsilons: Any
-) -> list[Attack | ForeignAttack]:
+def at_radii(attack: AnyAttack, epsilons: Any) -> list[AnyAttack]:
     """Returns an attack at each of several radii.
 
     Args:
@@ -69,12 +68,12 @@ def at_radii(
     if not radii:
         raise ValueError("`epsilons` must hold one radius at least. Received: none")
     radii = sorted({check_nonnegative("epsilons", radius) for radius in radii})
-    if not attack.has_radius:
+    if isinstance(attack, RandomSubstitution) or not attack.has_radius:
         return [attack]
     return [attack.with_epsilon(radius) for radius in radii]
 
 
-def unique_names(attacks: Sequence[Attack | ForeignAttack]) -> list[str]:
+def unique_names(attacks: Sequence[AnyAttack]) -> list[str]:
     """Returns a name for each attack, different for attacks with different settings.
 
     Attacks that differ in nothing but their ball share a name.

@@ -19,8 +19,10 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
+from advreg._types import Features
 from advreg.attacks.engine.rows import Batch, Result
 from advreg.attacks.engine.runner import Pipeline
+from advreg.attacks.engine.substitution import BoundSubstitution
 from advreg.attacks.foreign import as_attack
 from advreg.config.norms import NormType
 from advreg.evaluation.byte_array import FOOLED, ROBUST, ByteArray
@@ -95,6 +97,12 @@ class AttackRun:
         radius = "" if self.epsilon is None else f"{self.epsilon:.3g}"
         return " ".join(part for part in (self.name, norm, radius) if part)
 
+    def replaces(self, features: Features) -> int | None:
+        """Returns which leaf of the features has its tokens replaced, if any."""
+        if isinstance(self._bound, BoundSubstitution):
+            return self._bound.place(features)
+        return None
+
     @property
     def white_box(self) -> bool:
         """Whether it is an attack of advreg that uses the model's gradient."""
@@ -156,7 +164,9 @@ class AttackRun:
         def median(norm: NormType) -> float | None:
             lengths = [e.lengths[norm][2 * e.chosen < draws] for e in self._ended]
             found = np.concatenate([np.zeros(0), *lengths])
-            return float(np.median(found)) if len(found) else None
+            # Replaced tokens have no length.
+            known = len(found) and np.isfinite(found).all()
+            return float(np.median(found)) if known else None
 
         draws = self._target.draws
         return Accuracy(

@@ -189,7 +189,11 @@ class EvaluationRun:
         self.target.settle(features, self._draws)
         self.target.restart_draws()
         masks = [run.attack.feature_mask for run in self._runs]
-        self.features = features_of(self.target, features, masks)
+        known = list(features_of(self.target, features, masks))
+        places = {run.replaces(features) for run in self._runs}
+        for place in (each for each in places if each is not None):
+            known[place] = Feature(known[place].name, known[place].dtype, True)
+        self.features = tuple(known)
         if self._sample_size:  # Without a sample there are no checks that need these.
             self.compiled_differs = self.target.compiled_differently(features)
             self.unperturbed = self.target.unperturbed_integers(features)

@@ -435,6 +435,7 @@ def in_words(
     white_box: Sequence[str],
     black_box: Sequence[str],
     unbounded: Sequence[str],
+    most_changes: int = 0,
 ) -> str:
     """Returns the description of a threat model.
 
@@ -445,13 +446,21 @@ def in_words(
         white_box: Names of attacks that use the gradient of the model.
         black_box: Names of attacks that do not use it.
         unbounded: Names of attacks without a radius in a norm.
+        most_changes: Largest number of tokens that attacks may replace.
     """
     balls = " or ".join(
         f"up to {radius:.4g} in the {NormType(norm).symbol} norm"
         for norm, radius in radii.items()
     )
-    text = f"An input may move {balls or 'any distance'}"
-    if len(ranges) > 1:
+    tokens = f"up to {most_changes} token{'s' * (most_changes > 1)}"
+    if most_changes and not balls and not unbounded:
+        text = f"In an example {tokens} may be replaced."
+        ranges = ()
+    else:
+        text = f"An input may move {balls or 'any distance'}"
+    if not ranges:
+        pass
+    elif len(ranges) > 1:
         text += ", inside the range of each attack, which are not the same."
     else:
         low, high = next(iter(ranges), ("", ""))
@@ -462,6 +471,8 @@ def in_words(
             if low or high
             else ", and take any value."
         )
+    if most_changes and ranges:
+        text += f" Or {tokens} of it may be replaced."
     if white_box:
         text += (
             f" The attacker knows the model and the labels ({', '.join(white_box)})."

@@ -16,6 +16,7 @@ import numpy as np
 
 from advreg import backend
 from advreg.attacks.arguments import check_runs_eagerly
+from advreg.attacks.substitution import RandomSubstitution
 from advreg.checks import brief, check_count, is_number
 from advreg.evaluation import diagnostics as diagnostics
 from advreg.evaluation.arguments import at_radii, listed_attacks, unique_names
@@ -210,6 +211,9 @@ def _report(
     )
     # The balls of all norms together.
     everywhere = [ended for inside in endings.values() for ended in inside]
+    everywhere += [
+        ended for run in runs if run.attack.is_bounded for ended in run.end_points()
+    ]
     if not endings:
         everywhere = [ended for run in runs for ended in run.end_points()]
     overall = worst(everywhere)
@@ -265,7 +269,15 @@ def _threat_model(runs: Sequence[AttackRun]) -> str:
         ranges,
         white_box=which(lambda run: run.white_box),
         black_box=which(lambda run: not run.may_follow_gradient),
-        unbounded=which(lambda run: run.norm is None),
+        unbounded=which(lambda run: run.norm is None and not run.attack.is_bounded),
+        most_changes=max(
+            (
+                run.attack.max_changes
+                for run in runs
+                if isinstance(run.attack, RandomSubstitution)
+            ),
+            default=0,
+        ),
     )
 
 
