@@ -17,7 +17,8 @@ Displacements have the structure `{path: [one for each output of each call]}`, w
 Traps:
 
 - Padding must stand still. Keras puts the mask on an output only after the call, and
-  layers further down may take it away. So it is computed here, at the layer.
+  layers further down may take it away. So it is computed here, at the layer. Models of
+  KerasHub have no such masks, but an input `padding_mask`.
 - A layer may be called several times, or be part of a loop, in which tensors belong to
   another trace and cannot be used outside. The latter is an error.
 - A table of positions returns no row for each example. `"embeddings"` leaves it out.
@@ -85,6 +86,8 @@ class LayerOutputs:
             outputs are taken to have one.
         optional: Paths of layers that may return no row for each example, or not be
             called at all, because nobody named them one by one.
+        padding_mask: A mask `[batch, length]` for outputs of that length that have none
+            of their own, as models of KerasHub take it with their inputs.
     """
 
     def __init__(
@@ -92,9 +95,10 @@ class LayerOutputs:
         layers: Mapping[str, keras.Layer],
         batch: Tensor | None = None,
         optional: Sequence[str] = (),
+        padding_mask: Tensor | None = None,
     ) -> None:
         self._layers, self._batch = dict(layers), batch
-        self._optional = set(optional)
+        self._optional, self._padding_mask = set(optional), padding_mask
         # The paths of the last recording, in the order of the calls.
         self._order: list[str] = []
 
@@ -117,6 +121,7 @@ class LayerOutputs:
         def keep(path: str, output: Tensor, mask: Tensor | None) -> Tensor:
             output = output if watch is None else watch(output)
             found.outputs[path].append(output)
+            mask = self._mask_of_inputs(output) if mask is None else mask
             found.masks[path].append(_broadcasting(mask, output))
             order.append(path)
             return output
@@ -278,6 +283,13 @@ class LayerOutputs:
             "without it.",
         )
 
+    def _mask_of_inputs(self, output: Tensor) -> Tensor | None:
+        """Returns the mask among the inputs, if it fits an output."""
+        mask = self._padding_mask
+        if mask is None or len(mask.shape) != 2 or len(output.shape) < 3:
+            return None
+        return mask if mask.shape[1] == output.shape[1] else None
+
     def _check_called(self, found: Recorded) -> None:
         silent = [path for path, outputs in found.outputs.items() if not outputs]
         named = [path for path in silent if path not in self._optional]
@@ -310,7 +322,8 @@ def layer_outputs(
     layers = find_layers(model, names)
     one_by_one = find_layers(model, [name for name in names if name != EMBEDDINGS])
     optional = [path for path in layers if path not in one_by_one]
-    return LayerOutputs(layers, batch, optional)
+    padding_mask = x.get("padding_mask") if isinstance(x, Mapping) else None
+    return LayerOutputs(layers, batch, optional, padding_mask)
 
 
 def find_layers(model: keras.Model, names: Sequence[str]) -> dict[str, keras.Layer]:

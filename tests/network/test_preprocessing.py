@@ -434,37 +434,90 @@ def test_a_pipeline_of_ones_own():
     assert np.array(features) == pytest.approx(2 * x)
 
 
-@pytest.mark.slow
-def test_text_has_nothing_to_perturb():
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "film", "bad", "good"]
-    tokenizer = keras_hub.models.BertTokenizer(vocabulary=words, lowercase=True)
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "film", "bad", "good"]
+TEXTS, OPINIONS = ["the film good", "the bad"] * 4, np.array([1, 0] * 4)
+
+
+def bert():
+    keras.utils.set_random_seed(0)
+    tokenizer = keras_hub.models.BertTokenizer(vocabulary=WORDS, lowercase=True)
     task = keras_hub.models.BertTextClassifier(
         keras_hub.models.BertBackbone(
-            vocabulary_size=len(words),
+            vocabulary_size=len(WORDS),
             num_layers=1,
             num_heads=2,
             hidden_dim=8,
             intermediate_dim=16,
             max_sequence_length=8,
+            dropout=0.0,
         ),
         num_classes=2,
+        dropout=0.0,
         preprocessor=keras_hub.models.BertTextClassifierPreprocessor(
             tokenizer, sequence_length=8
         ),
     )
-    x, y = ["the film good", "the film bad"] * 4, np.array([1, 0] * 4)
     task.compile("sgd", loss())
+    return task
+
+
+@pytest.mark.slow
+def test_text_has_nothing_to_perturb_but_embeddings():
+    task, x, y = bert(), TEXTS, OPINIONS
     model = wrap(task)
+    message = 'Nothing can be perturbed.*set `perturb="embeddings"`'
     for text in (x, np.array(x), tf.constant(x)):
         found = model.evaluate(text, y, verbose=0)[0]
         expected = task.evaluate(text, y, verbose=0)[0]
         assert found == pytest.approx(expected, rel=1e-5)
-        with pytest.raises(ValueError, match="Nothing can be perturbed"):
+        with pytest.raises(ValueError, match=message):
             model.fit(text, y, verbose=0)
-    with pytest.raises(ValueError, match="Nothing can be perturbed"):
+    with pytest.raises(ValueError, match=message):
         model.perturb_on_batch(x, y)
     with pytest.raises(ValueError, match="Nothing can be perturbed"):
         FGSM(0.1)(task, tf.constant(x), y)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("perturb", ["token_embedding", "embeddings"])
+def test_text_is_perturbed_at_its_embedding(perturb):
+    task = bert()
+    config = advreg.AdvRegConfig.fgsm(0.2, perturb=perturb, adv_grad_norm="l2")
+    model = advreg.AdversarialRegularization(task, config)
+    model.compile("sgd", loss())
+    displacements = model.displace_on_batch(TEXTS, OPINIONS)
+    path = next(path for path in displacements if path.endswith("token_embedding"))
+    (found,) = displacements[path]
+    assert found.shape == (8, 8, 8)
+    inputs = task.preprocessor(TEXTS)
+    padding = np.array(inputs["token_ids"]) == 0
+    assert padding.any()
+    # A random start would move padding, if nothing kept it.
+    drawn = model.displace_on_batch(
+        TEXTS, OPINIONS, random_init=True, pgd_epsilon=0.2, perturb="token_embedding"
+    )
+    for each in (found, *drawn[path]):
+        assert (each[padding] == 0).all()
+        assert (np.abs(each[~padding]) > 0).any()
+
+    def loss_with(values):
+        with advreg.displaced(task, {path: [values.astype("float32")]}):
+            return float(loss()(OPINIONS, task(inputs, training=False)))
+
+    # The direction is that of the gradient, by finite differences.
+    (alone,) = model.displace_on_batch(TEXTS, OPINIONS, perturb="token_embedding")[path]
+    slopes = []
+    for value in range(8):
+        step = np.zeros_like(alone)
+        step[1, 0, value] = 0.002
+        slopes.append(loss_with(step) - loss_with(-step))
+    np.testing.assert_allclose(
+        np.array(slopes) / np.linalg.norm(slopes),
+        alone[1, 0] / np.linalg.norm(alone[1, 0]),
+        atol=0.02,
+    )
+    logs = model.fit(TEXTS, OPINIONS, epochs=2, verbose=0).history
+    assert logs["scaled_adversarial_loss"][0] > logs["labeled_loss"][0]
 
 
 def test_overrides_that_only_preprocess_are_not_named():
