@@ -87,8 +87,7 @@ def test_steps_are_timed(run):
     assert "\n| MatMul | " in run("step_profile.py")
 
 
-@pytest.mark.slow
-@pytest.mark.every_backend
+@pytest.mark.every_backend(tensorflow="slow")
 def test_sides_on_the_device_are_timed_and_do_the_same(run, load, tmp_path):
     file = tmp_path / "found.json"
     printed = run("gpu.py", "--json", str(file), "--dtype", "float32")
@@ -126,6 +125,13 @@ def test_a_side_that_is_out_of_memory_ends_alone(load, monkeypatch):
     assert gpu.unless_memory_is_short(row, fail) is None
     assert row == {"left out": "out of memory"}
     assert gpu.unless_memory_is_short(row, lambda: 1) is None
+
+
+@pytest.mark.slow
+def test_texts_are_trained_on_and_attacked(run):
+    assert "\n| virtual adversarial | " in run("text_cost.py")
+    assert "\n| RandomSubstitution(max_changes=1, " in run("text_cost.py", "--attack")
+    assert "\n| trec | cnn | fgsm | " in run("text_table.py")
 
 
 @pytest.mark.slow
