@@ -42,6 +42,7 @@ def test_public_names():
         "adversarial_loss",
         "attacks",
         "callbacks",
+        "displaced",
         "evaluate_robustness",
         "gen_adv_neighbor",
         "make_adv_reg_config",

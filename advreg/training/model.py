@@ -497,7 +497,7 @@ class AdversarialRegularization(Trainer):
             "`predict` would preprocess it again. Call the network itself on it, "
             "`model.base_model(x_adv, training=False)`, or measure with "
             "`advreg.evaluate_robustness(model, x, y, attacks=...)`.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

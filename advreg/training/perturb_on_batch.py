@@ -217,7 +217,7 @@ def _run(
         lambda: network.unperturbed_integers(features),
     )
     if names:
-        cache.warn_once(unperturbed_integers_message(names), stacklevel=4)
+        cache.warn_once(unperturbed_integers_message(names), stacklevel=5)
     if request.run_eagerly:
         return function(batch, numbers)
     losses = request.loss.container
@@ -314,7 +314,7 @@ def _check_data(
     data = DataSummary(*ops.convert_to_numpy(summary))
     check_units(data, NormType(config.adv_grad_norm), *config.stated_radius)
     if data.missing:
-        warn_of_missing(f"{data.missing:.0f}", stacklevel=4)
+        warn_of_missing(f"{data.missing:.0f}", stacklevel=5)
     if has_no_gradient:
         raise ValueError(
             "The gradient of the loss must be known somewhere, and it is NaN for every "

@@ -91,7 +91,7 @@ class TestDifferentiateStep:
         counter = keras.Variable(0.0, trainable=False)
         x, unused = ops.convert_to_tensor(X[3:6]), ops.convert_to_tensor(X[6:9])
 
-        def function(tensors):
+        def function(tensors, _):
             x, other = tensors
             counter.assign(counter + 1.0)
             attacked = ops.sum(weight.value * x * x)
@@ -112,7 +112,7 @@ class TestDifferentiateStep:
     def test_constants_have_no_gradient(self):
         weight = keras.Variable([1.0, 2.0, 3.0])
 
-        def function(_):
+        def function(*_):
             with backend.constants():
                 fixed = ops.sum(weight.value * weight.value)
             return fixed * ops.sum(weight.value), None, None
@@ -123,7 +123,7 @@ class TestDifferentiateStep:
     def test_a_scope_inside_sees_what_was_assigned_around_it(self):
         weight = keras.Variable([1.0, 2.0])
 
-        def function(_):
+        def function(*_):
             weight.assign(weight.value * 2.0)
             with backend.StatelessScope():
                 seen = ops.sum(weight.value * 1.0)
@@ -133,6 +133,31 @@ class TestDifferentiateStep:
         seen, _, _ = backend.differentiate_step(function, lambda: [weight])
         np.testing.assert_array_equal(array(seen), 6.0)
         np.testing.assert_array_equal(array(weight.value), [2.0, 4.0])
+
+    @pytest.mark.parametrize("apart", [False, True])
+    @pytest.mark.parametrize("given", [False, True])
+    def test_gradients_of_what_is_computed_on_the_way(self, apart, given):
+        weight = keras.Variable(X[:3], dtype="float32")
+        x = ops.convert_to_tensor(X[3:6])
+
+        def function(tensors, watch):
+            first = watch(weight.value * (tensors[0] if given else x))
+            second = watch(ops.square(first))
+            attacked = ops.sum(second * first)
+            total = 2.0 * attacked if apart else attacked
+            return total, attacked, attacked
+
+        value, (of_weight,), found = backend.differentiate_step(
+            function, lambda: [weight], [x] if given else [], watches=True
+        )
+        *of_x, of_first, of_second = found
+        product = X[:3] * X[3:6]
+        np.testing.assert_allclose(array(value), np.sum(product**3), rtol=1e-4)
+        np.testing.assert_allclose(array(of_first), 3 * product**2, rtol=1e-4)
+        np.testing.assert_allclose(array(of_second), product, rtol=1e-5)
+        expected = (2.0 if apart else 1.0) * 3 * product**2 * X[3:6]
+        np.testing.assert_allclose(array(of_weight), expected, rtol=1e-4)
+        assert len(of_x) == given
 
 
 @pytest.mark.parametrize("times", [0, 1, 5])

@@ -36,6 +36,14 @@ def test_flatten_layers(model):
     assert model not in keras_private.layers_of(model, include_self=False)
 
 
+def test_layers_directly_in_another(model):
+    assert keras_private.layers_directly_in(model) == model.layers
+    bidirectional = layers.Bidirectional(layers.LSTM(2))
+    found = keras_private.layers_directly_in(bidirectional)
+    assert bidirectional.forward_layer in found
+    assert bidirectional.forward_layer.cell not in found
+
+
 def test_metrics():
     layer = layers.Dense(2)
     layer.own = keras.metrics.Mean(name="own")
@@ -158,6 +166,8 @@ def test_estimator_requirements():
 def test_masks():
     masked = keras.layers.Masking()(np.ones((2, 3, 4), "float32"))
     target = keras.ops.zeros((2, 3, 4))
+    assert np.array(keras_private.mask_of(masked)).all()
+    assert keras_private.mask_of(target) is None
     keras_private.copy_mask(masked, target)
     mean = keras.losses.MeanSquaredError()
     assert float(mean(np.ones((2, 3, 4)), target)) == 1.0

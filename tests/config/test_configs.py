@@ -46,6 +46,8 @@ def test_defaults_are_those_of_nsl():
         "random_init": False,
         "init_radius": None,
         "power_iterations": 0,
+        "perturb": "inputs",
+        "relative": False,
     }
     assert AdvRegConfig().multiplier == 0.2
     assert AdvRegConfig().objective == LabeledLoss()

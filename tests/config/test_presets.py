@@ -116,6 +116,8 @@ OTHERS = {
     "random_init": True,
     "init_radius": 0.8,
     "power_iterations": 2,
+    "perturb": ("inputs", "hidden"),
+    "relative": True,
     "objective": LogitPairing(2.0),
     "clean_weight": 0.4,
     "weight_perturbation": 0.01,
@@ -132,8 +134,10 @@ def test_every_field_can_be_given_and_wins(name):
     assert fields - {"adv_neighbor_config"} == set(OTHERS)
     plain = preset(name, 0.2)
     for field, value in OTHERS.items():
-        # Alone, but for what a start radius needs.
+        # Alone, but for what a start radius and a unit of layers need.
         given = {"random_init": True, "init_radius": 0.1, field: value}
+        if field == "relative":
+            given["perturb"] = OTHERS["perturb"]
         config = preset(name, 0.2, **given)
         got = {**vars(config), **vars(config.adv_neighbor_config)}
         expected = {**vars(plain), **vars(plain.adv_neighbor_config), **given}
