@@ -29,7 +29,7 @@ from advreg import backend
 from advreg.attacks.attack import Attack
 from advreg.attacks.fgsm import FGSM
 from advreg.attacks.foreign import AnyAttack, as_attack
-from advreg.attacks.substitution import RandomSubstitution
+from advreg.attacks.substitution import Substitution
 from advreg.checks import brief, check_count, describe_value, is_number
 from advreg.evaluation.attack_run import AttackRun
 from advreg.evaluation.diagnostics import surroundings
@@ -369,7 +369,7 @@ def _seeded(name: str, attack: Any) -> AnyAttack:
     attack = as_attack(attack)
     if attack.targeted:
         raise ValueError(f"`{name}` must not be targeted. Received: {brief(attack)}")
-    if isinstance(attack, (Attack, RandomSubstitution)) and attack.seed is None:
+    if isinstance(attack, (Attack, Substitution)) and attack.seed is None:
         return dataclasses.replace(attack, seed=0)
     return attack
 

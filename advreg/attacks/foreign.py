@@ -36,7 +36,7 @@ from advreg.attacks.engine.rows import (
 from advreg.attacks.engine.runner import Pipeline
 from advreg.attacks.engine.solver import Solver
 from advreg.attacks.engine.target import TargetModel
-from advreg.attacks.substitution import RandomSubstitution
+from advreg.attacks.substitution import Substitution
 from advreg.checks import check_nonnegative, describe, describe_value
 from advreg.config.norms import NormType, check_norm
 from advreg.network.preprocessing import preprocessing_off
@@ -59,7 +59,7 @@ def as_attack(value: Any) -> AnyAttack:
         TypeError: `value` is not callable, or a class, or its `epsilon` is no number.
         ValueError: Its `norm` is no norm.
     """
-    if isinstance(value, (Attack, ForeignAttack, RandomSubstitution)):
+    if isinstance(value, (Attack, ForeignAttack, Substitution)):
         return value
     if isinstance(value, type) or not callable(value):
         raise TypeError(
@@ -144,7 +144,7 @@ class ForeignAttack:
 
 
 # What reports run: each has `bind`, and says what kind of attack it is.
-AnyAttack: TypeAlias = Attack | ForeignAttack | RandomSubstitution
+AnyAttack: TypeAlias = Attack | ForeignAttack | Substitution
 
 
 class BoundForeignAttack:

@@ -36,37 +36,15 @@ from advreg.checks import check_bool, check_count, describe_value
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class RandomSubstitution:
-    """Replaces tokens, chosen at random, by random candidates: a baseline.
+class Substitution:
+    """Base class of attacks that replace tokens: hyperparameters, and how it is called.
 
-    An attack that fools no more examples than this one found nothing.
-
-    Args:
-        max_changes: Number of tokens to replace in each example; fewer, where an
-            example has fewer that may be replaced.
-        candidates: What a token may be replaced by. See `TokenSubstitution`, as for all
-            that follow.
-        tries: Number of random examples. Each is tried only where those before have
-            not fooled.
-        fixed_tokens: Tokens that are neither replaced nor put in.
-        can_change: Function that says which places may change.
-        feature: The input that holds the tokens.
-        from_logits: Whether the outputs of the model are logits.
-        seed: Seed of random numbers.
-
-    Raises:
-        TypeError: An argument has the wrong type.
-        ValueError: An argument has a value that its rule forbids.
-
-    Example:
-    >>> report = advreg.evaluate_robustness(
-    ...     model, ids, y, attacks=[RandomSubstitution(1), TokenSubstitution(1)])
+    See `TokenSubstitution` for the fields.
     """
 
     max_changes: int = 1
     candidates: Any = 10
     _: dataclasses.KW_ONLY
-    tries: int = 1
     fixed_tokens: Sequence[int] = (0,)
     can_change: Callable[[np.ndarray], Any] | None = None
     feature: Hashable | None = None
@@ -74,7 +52,6 @@ class RandomSubstitution:
     seed: int | None = None
 
     uses_gradient: ClassVar[bool] = False
-    verified: ClassVar[int] = 1
     # What reports ask of attacks.
     is_native: ClassVar[bool] = False
     has_radius: ClassVar[bool] = False
@@ -101,15 +78,16 @@ class RandomSubstitution:
             self._set("from_logits", check_bool("from_logits", self.from_logits))
         if self.seed is not None:
             check_seed(self.seed)
-        self._check_runs()
-
-    def _check_runs(self) -> None:
-        self._set("tries", check_count("tries", self.tries))
 
     @property
     def runs(self) -> int:
         """Number of runs, each on the examples that those before have not fooled."""
-        return self.tries
+        raise NotImplementedError
+
+    @property
+    def calls(self) -> int:
+        """Number of changes that the model is called on, for each token replaced."""
+        raise NotImplementedError
 
     @property
     def name(self) -> str:
@@ -196,7 +174,53 @@ class RandomSubstitution:
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class TokenSubstitution(RandomSubstitution):
+class RandomSubstitution(Substitution):
+    """Replaces tokens, chosen at random, by random candidates: a baseline.
+
+    An attack that fools no more examples than this one found nothing.
+
+    Args:
+        max_changes: Number of tokens to replace in each example; fewer, where an
+            example has fewer that may be replaced.
+        candidates: What a token may be replaced by. See `TokenSubstitution`, as for all
+            that follow but `tries`.
+        fixed_tokens: Tokens that are neither replaced nor put in.
+        can_change: Function that says which places may change.
+        feature: The input that holds the tokens.
+        from_logits: Whether the outputs of the model are logits.
+        seed: Seed of random numbers.
+        tries: Number of random examples. Each is tried only where those before have
+            not fooled.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument has a value that its rule forbids.
+
+    Example:
+    >>> report = advreg.evaluate_robustness(
+    ...     model, ids, y, attacks=[RandomSubstitution(1), TokenSubstitution(1)])
+    """
+
+    _: dataclasses.KW_ONLY
+    tries: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("tries", check_count("tries", self.tries))
+
+    @property
+    def runs(self) -> int:
+        """Number of runs, each on the examples that those before have not fooled."""
+        return self.tries
+
+    @property
+    def calls(self) -> int:
+        """Number of changes that the model is called on, for each token replaced."""
+        return 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class TokenSubstitution(Substitution):
     """Replaces up to k tokens of an example, guided by the gradient at the embedding.
 
     The changes are those that the gradient at the embedding ranks highest
@@ -210,10 +234,6 @@ class TokenSubstitution(RandomSubstitution):
             neighbours by cosine in the model's own embedding; a dictionary from tokens
             to lists of tokens; a function of a token that returns a list; or an integer
             array `[tokens, candidates]`, padded by -1. Tokens without candidates stay.
-        verified: Number of changes that the model is called on for each token that is
-            replaced.
-        restarts: Number of runs. All but the first rank changes with some random noise.
-        tries: Has no effect here.
         fixed_tokens: Tokens that are neither replaced nor put in: padding, and special
             tokens. The default is the padding of `TextVectorization`; pass `()` for
             categories that count from 0.
@@ -224,6 +244,9 @@ class TokenSubstitution(RandomSubstitution):
             inputs. `None` if only one input goes into an `Embedding`.
         from_logits: Whether the outputs of the model are logits. See `FGSM`.
         seed: Seed of random numbers, `None` for other ones in each run.
+        verified: Number of changes that the model is called on for each token that is
+            replaced.
+        restarts: Number of runs. All but the first rank changes with some random noise.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -235,12 +258,13 @@ class TokenSubstitution(RandomSubstitution):
     """
 
     _: dataclasses.KW_ONLY
-    verified: int = 10  # type: ignore[misc]
+    verified: int = 10
     restarts: int = 1
 
     uses_gradient: ClassVar[bool] = True
 
-    def _check_runs(self) -> None:
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._set("verified", check_count("verified", self.verified))
         self._set("restarts", check_count("restarts", self.restarts))
 
@@ -248,6 +272,11 @@ class TokenSubstitution(RandomSubstitution):
     def runs(self) -> int:
         """Number of runs, each on the examples that those before have not fooled."""
         return self.restarts
+
+    @property
+    def calls(self) -> int:
+        """Number of changes that the model is called on, for each token replaced."""
+        return self.verified
 
 
 def _check_tokens(value: Any) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from advreg.attacks.attack import Attack
 from advreg.attacks.foreign import AnyAttack, ForeignAttack, as_attack
-from advreg.attacks.substitution import RandomSubstitution
+from advreg.attacks.substitution import Substitution
 from advreg.attacks.transfer import Transfer
 from advreg.checks import brief, check_nonnegative, describe_value, is_number
 
@@ -68,7 +68,7 @@ def at_radii(attack: AnyAttack, epsilons: Any) -> list[AnyAttack]:
     if not radii:
         raise ValueError("`epsilons` must hold one radius at least. Received: none")
     radii = sorted({check_nonnegative("epsilons", radius) for radius in radii})
-    if isinstance(attack, RandomSubstitution) or not attack.has_radius:
+    if isinstance(attack, Substitution) or not attack.has_radius:
         return [attack]
     return [attack.with_epsilon(radius) for radius in radii]
 

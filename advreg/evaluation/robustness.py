@@ -16,7 +16,7 @@ import numpy as np
 
 from advreg import backend
 from advreg.attacks.arguments import check_runs_eagerly
-from advreg.attacks.substitution import RandomSubstitution
+from advreg.attacks.substitution import Substitution
 from advreg.checks import brief, check_count, is_number
 from advreg.evaluation import diagnostics as diagnostics
 from advreg.evaluation.arguments import at_radii, listed_attacks, unique_names
@@ -274,7 +274,7 @@ def _threat_model(runs: Sequence[AttackRun]) -> str:
             (
                 run.attack.max_changes
                 for run in runs
-                if isinstance(run.attack, RandomSubstitution)
+                if isinstance(run.attack, Substitution)
             ),
             default=0,
         ),

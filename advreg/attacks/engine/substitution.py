@@ -272,7 +272,7 @@ class BoundSubstitution:
                 spread = guided[possible].std() if possible.any() else 0.0
                 guided = guided + spread * self._random.gumbel(size=guided.shape)
             scores = guided
-        number = self._attack.verified
+        number = self._attack.calls
         if not self._attack.uses_gradient:  # One place by chance, then one candidate.
             has = possible.any(2)
             order = np.argsort(
