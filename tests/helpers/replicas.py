@@ -131,6 +131,20 @@ def pgd():
 
 
 @case
+def embeddings():
+    def text():
+        ids = keras.Input((5,), dtype="int32")
+        x = layers.Embedding(7, 4, mask_zero=True)(ids)
+        x = layers.GlobalAveragePooling1D()(x)
+        return keras.Model(ids, layers.Dense(3)(x))
+
+    ids = np.random.default_rng(1).integers(0, 7, (21, 5)).astype("int32")
+    ids[:, 0] = 1  # No text is all padding.
+    model = wrapped(text, perturb="embeddings", relative=True)
+    return trained(model, aligned(ids), Y, WEIGHTS)
+
+
+@case
 def without_perturbation():
     return trained(wrapped(multiplier=0.0))
 

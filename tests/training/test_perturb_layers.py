@@ -7,12 +7,12 @@ and a second model from there. Its gradients are taken by the backend alone.
 import keras
 import numpy as np
 import pytest
-from helpers.backends import array, gradients_of, tensor
+from helpers.backends import array, gradients_of, only_tensorflow, tensor
 from helpers.slow import slow, slow_but
 from keras import layers, ops
 
 import advreg
-from advreg import AdversarialRegularization, AdvRegConfig, attacks
+from advreg import AdversarialRegularization, AdvRegConfig, attacks, backend
 
 pytestmark = pytest.mark.every_backend
 
@@ -603,3 +603,58 @@ def test_attacks_and_reports_know_no_embeddings():
     assert ((sizes == 0) | np.isclose(sizes, 0.1)).all()  # Some are fooled already.
     assert sizes.any()
     np.testing.assert_array_equal(moved[1], CODES)
+
+
+@only_tensorflow
+@pytest.mark.parametrize("clean_weight", [0.0, 1.0])
+def test_the_gradient_of_the_table_is_sparse(monkeypatch, clean_weight):
+    model = wrapped(
+        make("pooling"), config(clean_weight=clean_weight), run_eagerly=True
+    )
+    kinds = []
+    apply = backend.apply_gradients
+
+    def noting(optimizer, gradients, weights):
+        kinds.extend(type(gradient).__name__ for gradient in gradients)
+        apply(optimizer, gradients, weights)
+
+    monkeypatch.setattr(backend, "apply_gradients", noting)
+    model.train_on_batch(IDS, Y)
+    assert kinds[0] == "IndexedSlices"
+    assert kinds.count("IndexedSlices") == 1
+
+
+def test_an_embedding_with_lora():
+    parts = make("pooling")
+    (expected,) = wrapped(parts, config()).displace_on_batch(IDS, Y)["words"]
+    parts.table.enable_lora(2)
+    model = wrapped(parts, config())
+    (found,) = model.displace_on_batch(IDS, Y)["words"]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    model.fit(IDS, Y, batch_size=5, verbose=0)
+
+
+def test_a_quantised_embedding():
+    parts = make("TextCNN")
+    (expected,) = wrapped(parts, config()).displace_on_batch(IDS, Y)["words"]
+    parts.table.quantize("int8")
+    (found,) = wrapped(parts, config()).displace_on_batch(IDS, Y)["words"]
+    lengths = np.linalg.norm(found.reshape(5, -1), axis=1)
+    np.testing.assert_allclose(lengths, EPSILON, rtol=1e-5)
+    cosines = (found * expected).sum((1, 2)) / EPSILON**2
+    assert np.median(cosines) > 0.99  # A maximum may be taken at another place.
+
+
+def test_a_layer_within_time_distributed():
+    keras.utils.set_random_seed(0)
+    columns = keras.Input((4, 3))
+    x = layers.TimeDistributed(layers.Dense(5, "tanh", name="inner"))(columns)
+    model = keras.Model(columns, layers.Dense(CLASSES)(layers.Flatten()(x)))
+    parts = Parts(model, None, None, None, RNG.normal(size=(5, 4, 3)).astype("float32"))
+    model = wrapped(parts, config(perturb="time_distributed"))
+    (found,) = model.displace_on_batch(parts.x, Y)["time_distributed"]
+    assert found.shape == (5, 4, 5)
+    np.testing.assert_allclose(
+        np.linalg.norm(found.reshape(5, -1), axis=1), EPSILON, rtol=1e-5
+    )
+    model.fit(parts.x, Y, batch_size=5, verbose=0)
