@@ -232,6 +232,7 @@ def test_a_name_that_is_taken(name):
         fit(plain(), robust(), robust(name=name))
 
 
+@pytest.mark.slow
 def test_early_stopping_and_checkpoint_choose_by_it(tmp_path):
     stopping = keras.callbacks.EarlyStopping(
         KEY, mode="max", patience=2, restore_best_weights=True

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from helpers.models import classifier, labelled
-from helpers.slow import slow, slow_but, slow_rows
+from helpers.slow import slow, slow_rows
 from helpers.targets import (
     UNIT,
     accuracy,
@@ -154,7 +154,8 @@ def test_an_l2_bump_is_that_of_the_paper():
     np.testing.assert_allclose(lying, expected.T, rtol=1e-5)
 
 
-@pytest.mark.parametrize("norm", slow_but(NORMS, "infinity"))
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", NORMS)
 @given(epsilon=st.floats(0, 0.6), seed=st.integers(0, 2**32 - 1))
 def test_examples_are_allowed_and_fooled(norm, epsilon, seed):
     assert_sound(Square(epsilon, norm=norm, queries=5, **UNIT), seed)

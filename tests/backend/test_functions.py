@@ -334,7 +334,8 @@ NOTING = {
 }
 
 
-@pytest.mark.parametrize("noting", slow_but(NOTING, "attributes"))
+@pytest.mark.slow
+@pytest.mark.parametrize("noting", NOTING)
 def test_what_calls_write_on_layers_changes_nothing(noting):
     x = rows(40, 3, 2)
     base = keras.Sequential([keras.Input((3, 2)), *NOTING[noting](), layers.Dense(3)])

@@ -86,8 +86,9 @@ def evaluate(model, attacks, **kwargs):
     return evaluate_robustness(model, X, Y, attacks=attacks, verbose=0, **kwargs)
 
 
-@pytest.mark.parametrize("noise", slow_but(list(NOISE)[:3], "SeedGenerator"))
-@pytest.mark.parametrize("eagerly", [False, *slow(True)])
+@pytest.mark.slow
+@pytest.mark.parametrize("noise", list(NOISE)[:3])
+@pytest.mark.parametrize("eagerly", [False, True])
 def test_accuracies_are_those_of_the_closed_form(noise, eagerly):
     model = linear(NOISE[noise](), run_eagerly=eagerly)
     attacks = [FGSM(0.3), PGD(0.3, iterations=5, seed=0)]

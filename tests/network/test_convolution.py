@@ -404,8 +404,9 @@ def weights_after_training(config, **compiled):
     return model.base_model.get_weights()
 
 
-@pytest.mark.parametrize("iterations", [*slow(1), 3])
-@pytest.mark.parametrize("run_eagerly", [False, *slow(True)])
+@pytest.mark.slow
+@pytest.mark.parametrize("iterations", [1, 3])
+@pytest.mark.parametrize("run_eagerly", [False, True])
 def test_training_ends_with_the_same_weights(
     iterations, run_eagerly, calls, monkeypatch
 ):

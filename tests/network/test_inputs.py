@@ -232,6 +232,7 @@ def split_validation(x, y, **kwargs):
     return model.fit(x, y, batch_size=4, shuffle=False, verbose=0, **kwargs).history
 
 
+@pytest.mark.slow
 def test_validation_is_split_off():
     x, y = labelled()
     expected = split_validation(x[:8], y[:8], validation_data=(x[8:], y[8:]))
@@ -514,6 +515,7 @@ def test_missing_labels(mode):
         several.fit({"x": X, "a": Y}, verbose=0)
 
 
+@pytest.mark.slow
 def test_a_weight_key_beside_labels():
     # A base that declares its inputs leaves no doubt; any other takes all features.
     weights = np.linspace(0, 1, 12).astype("float32")

@@ -48,7 +48,8 @@ def test_inputs_are_cast_by_the_base_alone():
     np.testing.assert_array_equal(model(x), x)
 
 
-@pytest.mark.parametrize("policy", ["mixed_float16", *slow("mixed_bfloat16")])
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_mixed_precision(policy):
     keras.config.set_dtype_policy(policy)
     try:

@@ -105,7 +105,8 @@ def test_logs_are_those_of_a_plain_model_and_two_more(steps, mode):
     assert len(seen) == 6
 
 
-@pytest.mark.parametrize("restore", [*slow(False), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("restore", [False, True])
 def test_early_stopping(restore):
     def run(make):
         model = make(keras.optimizers.SGD(0.5))

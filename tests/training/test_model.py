@@ -338,7 +338,8 @@ def test_backward_passes_of_a_step(arguments, iterations, expected):
 # --- Outputs, losses and metrics carry the names that Keras gives them
 
 
-@pytest.mark.parametrize("names", [*slow(False), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [False, True])
 def test_several_outputs_are_reported_as_the_plain_model_reports_them(names):
     target = rows(12, 2)
     y = {"a": Y, "b": target} if names else [Y, target]

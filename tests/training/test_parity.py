@@ -269,6 +269,7 @@ def stateful():
     return keras.Sequential([keras.Input(batch_shape=(BATCH, 5, 4)), gru])
 
 
+@pytest.mark.slow
 def test_recurrent_states_are_those_of_the_clean_pass(mode):
     case = Case(
         stateful, x=SEQUENCE, compile={"optimizer": lambda: optimizers.SGD(0.0)}

@@ -137,12 +137,7 @@ KINDS = {
     "tabular": tabular,
 }
 
-# JAX compiles each for seconds.
-CHOSEN = (
-    slow_but(KINDS, "LSTM with mask", "attention", "tabular")
-    if keras.backend.backend() == "jax"
-    else list(KINDS)
-)
+CHOSEN = slow_but(KINDS, "LSTM with mask", "attention", "tabular")
 
 
 def make(kind):
