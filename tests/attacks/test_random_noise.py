@@ -35,6 +35,7 @@ def test_seeds_repeat():
     assert (moved[0] != moved[2]).any()
 
 
+@slow_on_jax
 def test_the_range_and_the_mask_hold():
     network, x, y = digits()
     mask = np.zeros(x.shape[1:])

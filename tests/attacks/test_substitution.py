@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from helpers.backends import array, tensor
+from helpers.slow import slow_on_jax
 from keras import layers, ops
 
 import advreg
@@ -208,6 +209,7 @@ def two_inputs():
     return keras.Model({"size": columns, "kind": codes, "tags": tags}, x)
 
 
+@slow_on_jax
 def test_several_inputs():
     model = two_inputs()
     x = {
@@ -264,6 +266,7 @@ class Noisy(layers.Layer):
         return x + 0.3 * keras.random.normal(ops.shape(x), seed=self.seed)
 
 
+@slow_on_jax
 def test_models_that_draw():
     inner = network()
     outputs = Noisy()(inner.outputs[0])
@@ -275,6 +278,7 @@ def test_models_that_draw():
     assert 0 < report.results[0].accuracy < report.clean.accuracy <= 1
 
 
+@slow_on_jax
 def test_it_is_measured_after_each_epoch(model):
     network = keras.models.clone_model(model)
     network.compile(

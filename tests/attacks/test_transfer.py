@@ -37,6 +37,7 @@ def test_examples_are_those_that_fool_the_source(source):
     assert direct < accuracy(network, moved, y) < 1.0
 
 
+@slow_on_jax
 def test_what_reports_ask_of_it(source):
     attack = PGD(0.15, norm="l2", step_size=0.03, targeted=True, **UNIT)
     transfer = Transfer(attack, source)

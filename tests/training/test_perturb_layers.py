@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 from helpers.backends import array, gradients_of, only_tensorflow, tensor
-from helpers.slow import slow, slow_but
+from helpers.slow import slow, slow_but, slow_on_jax
 from keras import layers, ops
 
 import advreg
@@ -382,6 +382,7 @@ def test_half_precision_displaces_as_much():
     assert logs["scaled_adversarial_loss"][0] > MULTIPLIER * logs["labeled_loss"][0]
 
 
+@slow_on_jax
 def test_a_frozen_table_is_displaced_too():
     parts = make("pooling")
     (expected,) = wrapped(parts, config()).displace_on_batch(IDS, Y)["words"]
@@ -619,6 +620,7 @@ def test_the_gradient_of_the_table_is_sparse(monkeypatch, clean_weight):
     assert kinds.count("IndexedSlices") == 1
 
 
+@slow_on_jax
 def test_an_embedding_with_lora():
     parts = make("pooling")
     (expected,) = wrapped(parts, config()).displace_on_batch(IDS, Y)["words"]
@@ -640,6 +642,7 @@ def test_a_quantised_embedding():
     assert np.median(cosines) > 0.99  # A maximum may be taken at another place.
 
 
+@slow_on_jax
 def test_a_layer_within_time_distributed():
     keras.utils.set_random_seed(0)
     columns = keras.Input((4, 3))
