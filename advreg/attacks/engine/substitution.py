@@ -162,7 +162,8 @@ class BoundSubstitution:
             displacement: Differences of tokens, `[batch, length]`.
             draws: Number of times that the model is called.
         """
-        tokens = self._tokens(batch) + self._unpadded(displacement, batch)
+        tokens = self._tokens(batch)
+        tokens = tokens + displacement.reshape(tokens.shape).astype("int64")
         moved = self._with_tokens(only(batch, _NAMES), tokens)
 
         def once(batch: Batch) -> Tensor:
@@ -188,12 +189,9 @@ class BoundSubstitution:
         """
         tokens = self._tokens({"features": features})
         tokens = tokens + displacement.reshape(tokens.shape)
-        leaves = tree.flatten(given)
-        old = tree.flatten(features)[self._place or 0]
-        made = tokens.reshape(tuple(old.shape))
-        leaves[self._place or 0] = made.astype(
-            keras.backend.standardize_dtype(old.dtype)
-        )
+        leaves, place = tree.flatten(given), self.place(features)
+        dtype = tree.flatten(features)[place].dtype
+        leaves[place] = tokens.astype(keras.backend.standardize_dtype(dtype))
         return tree.pack_sequence_as(given, leaves)
 
     # The search
@@ -211,8 +209,6 @@ class BoundSubstitution:
         rows = np.arange(count)
         best = first.copy()
         closeness, fooled, not_finite = self._judge(batch, best)
-        if not self.target.random:
-            closeness = closeness.copy()
         for _ in range(self._attack.max_changes):
             if not self.target.random:
                 rows = np.flatnonzero(~fooled)
@@ -272,7 +268,6 @@ class BoundSubstitution:
                 spread = guided[possible].std() if possible.any() else 0.0
                 guided = guided + spread * self._random.gumbel(size=guided.shape)
             scores = guided
-        number = self._attack.calls
         if not self._attack.uses_gradient:  # One place by chance, then one candidate.
             has = possible.any(2)
             order = np.argsort(
@@ -284,12 +279,10 @@ class BoundSubstitution:
             np.put_along_axis(keep, place[:, :, None], of_place, axis=1)
             possible = keep
         flat = np.where(possible, scores, -np.inf).reshape(len(tokens), -1)
-        number = min(number, flat.shape[1])
-        top = np.argsort(-flat, axis=1, kind="stable")[:, :number]
-        width = candidates.shape[2]
+        top = np.argsort(-flat, axis=1, kind="stable")[:, : self._attack.calls]
         chosen = np.take_along_axis(candidates.reshape(len(tokens), -1), top, axis=1)
         known = np.isfinite(np.take_along_axis(flat, top, axis=1))
-        return top // max(width, 1), np.where(known, chosen, -1)
+        return top // candidates.shape[2], np.where(known, chosen, -1)
 
     def _scores(
         self, batch: Batch, tokens: np.ndarray, candidates: np.ndarray
@@ -376,20 +369,17 @@ class BoundSubstitution:
 
     def _tokens(self, batch: Batch) -> np.ndarray:
         """Returns the tokens of a batch, int64 in the shape of their input."""
-        leaf = tree.flatten(batch["features"])[self._place or 0]
+        leaf = tree.flatten(batch["features"])[self.place(batch["features"])]
         return np.asarray(ops.convert_to_numpy(leaf)).astype("int64")
-
-    def _unpadded(self, displacement: np.ndarray, batch: Batch) -> np.ndarray:
-        return displacement.reshape(self._tokens(batch).shape).astype("int64")
 
     def _with_tokens(self, batch: Batch, tokens: np.ndarray) -> Batch:
         """Returns a batch with other tokens."""
-        leaves = tree.flatten(batch["features"])
-        old = leaves[self._place or 0]
+        leaves, place = tree.flatten(batch["features"]), self.place(batch["features"])
+        old = leaves[place]
         dtype = keras.backend.standardize_dtype(old.dtype)
         shape = (len(tokens), *tuple(old.shape)[1:])
         made = np.asarray(tokens).reshape(shape).astype(dtype)
-        leaves[self._place or 0] = ops.convert_to_tensor(made)
+        leaves[place] = ops.convert_to_tensor(made)
         return {**batch, "features": tree.pack_sequence_as(batch["features"], leaves)}
 
     def _may_change(self, tokens: np.ndarray) -> np.ndarray:
