@@ -105,7 +105,7 @@ def test_pgd_is_as_strong_as_art_s(case):
     from art.attacks.evasion import ProjectedGradientDescent
 
     network, epsilon = case
-    x, y = _images(500)
+    x, y = _images(1000)
     ours = PGD(epsilon, iterations=20, seed=0, **UNIT)(network, x, y, batch_size=250)
     judge = ProjectedGradientDescent(
         _judge(network),
