@@ -58,13 +58,19 @@ def displaced(
             f"arrays. Received: {describe_value(displacements)}"
         )
     base = model.base_model if isinstance(model, Trainer) else model
-    layers = find_layers(base, list(displacements))
+    layers: dict[str, keras.Layer] = {}
+    values: dict[str, list[Any]] = {}
+    for name, given in displacements.items():
+        found = find_layers(base, [name])
+        if len(found) > 1 or found.keys() & values.keys():
+            raise ValueError(
+                "`displacements` must have one key for each layer, its name or path. "
+                f"Received: {name!r}, which stands for {list(found)}, among the keys "
+                f"{list(displacements)}"
+            )
+        layers.update(found)
+        values |= {path: [ops.convert_to_tensor(v) for v in given] for path in found}
     outputs = LayerOutputs(layers)
-    values = {
-        path: [ops.convert_to_tensor(value) for value in given]
-        for path, given in zip(layers, displacements.values(), strict=True)
-    }
-
     trace, calls = backend.current_trace(), 0
     errors: list[ValueError] = []
 

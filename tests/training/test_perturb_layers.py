@@ -557,6 +557,8 @@ def test_displaced_is_for_calls_of_the_model():
         enter({"words": []})
     with pytest.raises(TypeError, match="must be a dictionary from names of layers to"):
         enter(found["words"])
+    with pytest.raises(ValueError, match="must have one key for each layer"):
+        enter({"words": found["words"], "embeddings": found["words"]})
     model.predict(IDS, verbose=0)
 
 
