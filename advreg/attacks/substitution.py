@@ -10,7 +10,9 @@ learns from the gradient at the embedding
 
 One forward and backward pass ranks all changes of all places so. This is a linear
 approximation over a large distance. So the model itself is called on the first
-`verified` of them, and judges which is best, and whether it fools.
+`verified` of them, and judges which is best, and whether it fools. Every third call
+tries what raised the margin most in other examples, because the approximation can miss
+it in all of them alike.
 
 `RandomSubstitution` chooses by chance, and is the baseline. In a report both count in
 `overall`, but in no ball. Shared parts are in `engine.substitution`.
@@ -245,7 +247,8 @@ class TokenSubstitution(Substitution):
         from_logits: Whether the outputs of the model are logits. See `FGSM`.
         seed: Seed of random numbers, `None` for other ones in each run.
         verified: Number of changes that the model is called on for each token that is
-            replaced.
+            replaced. Every third is the one that raised the margin most in the other
+            examples of this call or report, if there is one.
         restarts: Number of runs. All but the first rank changes with some random noise.
 
     Raises:

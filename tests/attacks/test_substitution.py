@@ -89,6 +89,30 @@ def test_the_gradient_finds_them_with_a_tenth_of_the_calls(model):
     assert found > by_chance + 10
 
 
+def test_what_fools_one_text_is_tried_on_others():
+    """Token 9 does harm that no gradient shows, because a ReLU hides it."""
+    ids = keras.Input((6,), dtype="int32")
+    x = layers.Embedding(12, 2, name="words")(ids)
+    x = layers.Lambda(lambda x: ops.relu(x[..., :1]) * 40 - x[..., 1:])(x)
+    x = layers.GlobalMaxPooling1D()(x)
+    model = keras.Model(ids, layers.Dense(2)(x))
+    rows = np.tile([[-1.0, 0.0]], (12, 1))
+    rows[9, 0] = 1.0
+    model.get_layer("words").set_weights([rows])
+    model.layers[-1].set_weights([np.array([[-1.0, 1.0]]), np.array([9.0, -9.0])])
+    x = np.random.default_rng(0).integers(1, 7, (64, 6)).astype("int32")
+    x[:, -1] = 7
+    x[::16, :-1] = 0  # Of these, nothing but the 7 can be replaced.
+    assert not predicted(model, x).any()
+    candidates = {7: [9], **dict.fromkeys(range(1, 7), (1, 2, 3, 4, 5, 6))}
+    attack = TokenSubstitution(1, candidates, verified=5)
+    for batch_size in (64, 8):
+        moved = attack(model, x, np.zeros(64, int), batch_size=batch_size)
+        assert predicted(model, moved).all()
+    alone = attack(model, x[1:2], np.zeros(1, int))
+    assert not predicted(model, alone).any()
+
+
 @pytest.mark.parametrize("attack", [TokenSubstitution, RandomSubstitution])
 @pytest.mark.parametrize("changes", [1, 3])
 def test_what_may_change(model, attack, changes):

@@ -6,8 +6,9 @@ the model once, and compares what goes into each `Embedding` with the inputs. Th
 each change of each batch, three steps:
 
 1. `_gradients`: a compiled pass gives the gradient of the margin at the embedding.
-2. `_ranked`: NumPy ranks all allowed changes by it.
-3. `_judge`: a compiled pass for each of the best, on the model itself.
+2. `_changes`: NumPy ranks all allowed changes by it.
+3. `_judge`: a compiled pass for each of the best, on the model itself. Every third is
+   one that did most harm in other examples (see `token_changes`).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from advreg.attacks.engine.rows import Batch, Result, gather_rows, num_rows, onl
 from advreg.attacks.engine.runner import Pipeline
 from advreg.attacks.engine.solver import Solver
 from advreg.attacks.engine.target import TargetModel
+from advreg.attacks.engine.token_changes import Changes, Gains
 from advreg.checks import brief, describe, describe_value
 from advreg.config.norms import NormType
 from advreg.network.layer_outputs import LayerOutputs, find_layers
@@ -35,6 +37,8 @@ from advreg.network.taps import intercepted
 from advreg.perturbation.packing import name_of
 
 _NAMES = ("features", "classes")
+# Number of examples that are attacked side by side, and learn from each other.
+_TOGETHER = 256
 
 
 class _Lookup(NamedTuple):
@@ -102,6 +106,7 @@ class BoundSubstitution:
         self._lookups: list[_Lookup] = []
         self._candidates: dict[int, list[int]] = {}
         self._neighbours: _Neighbours | None = None
+        self._gains = Gains()
 
     @property
     def problem(self) -> BoundSubstitution:
@@ -139,10 +144,10 @@ class BoundSubstitution:
             done: Function that is called with finished rows.
         """
         self._random = np.random.default_rng(self._attack.seed)
+        self._gains = Gains()
         solvers = [Solver(index, "") for index in range(self._attack.runs)]
-        return Pipeline(
-            self._run, solvers, self._batch_size, not self.target.random, done
-        )
+        together = max(_TOGETHER, self._batch_size)
+        return Pipeline(self._run, solvers, together, not self.target.random, done)
 
     def lengths(self, batch: Batch, result: Result) -> dict[NormType, np.ndarray]:
         """Returns infinite lengths: replaced tokens lie in no ball."""
@@ -208,7 +213,7 @@ class BoundSubstitution:
         allowed = self._may_change(first)
         rows = np.arange(count)
         best = first.copy()
-        closeness, fooled, not_finite = self._judge(batch, best)
+        closeness, fooled, not_finite = self._in_batches(self._judge, batch, best)
         for _ in range(self._attack.max_changes):
             if not self.target.random:
                 rows = np.flatnonzero(~fooled)
@@ -216,22 +221,26 @@ class BoundSubstitution:
                 break
             part = gather_rows(batch, rows)
             now = best[rows]
-            places, tokens = self._ranked(
+            changes = self._changes(
                 part, now, allowed[rows] & (now == first[rows]), solver.steps
             )
             found = np.full(len(rows), -np.inf)
             chosen = now.copy()
             ended = np.zeros(len(rows), bool)
             undefined = np.zeros(len(rows), bool)
-            for turn in range(places.shape[1]):
-                place, token = places[:, turn], tokens[:, turn]
-                tried = np.where(token >= 0)[0]
-                tried = tried[~ended[tried]] if not self.target.random else tried
+            for turn in range(self._attack.calls):
+                tried = np.flatnonzero(~ended | self.target.random)
+                known = self._gains if turn % 3 == 2 else None
+                tried, place, token = changes.next(tried, known)
                 if not len(tried):
-                    continue
+                    break
                 moved = now[tried].copy()
-                moved[np.arange(len(tried)), place[tried]] = token[tried]
-                near, out, nans = self._judge(gather_rows(part, tried), moved)
+                old = moved[np.arange(len(tried)), place]
+                moved[np.arange(len(tried)), place] = token
+                near, out, nans = self._in_batches(
+                    self._judge, gather_rows(part, tried), moved
+                )
+                self._gains.add(old, token, near - closeness[rows[tried]])
                 better = near > found[tried]
                 kept = tried[better]
                 found[kept], chosen[kept] = near[better], moved[better]
@@ -244,49 +253,36 @@ class BoundSubstitution:
             not_finite[rows[seen]] = undefined[seen]
         return Result(fooled, best - first, closeness, not_finite)
 
-    def _ranked(
+    def _changes(
         self, batch: Batch, tokens: np.ndarray, allowed: np.ndarray, run: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the changes to try for each row, best first.
+    ) -> Changes:
+        """Returns the changes to try.
 
         Args:
             batch: `features` and `classes`.
             tokens: The tokens now, `[batch, length]`.
             allowed: Which of them may be replaced.
             run: Number of the run. All but the first add noise.
-
-        Returns:
-            Places and new tokens, `[batch, verified]`. A token of -1 is no change.
         """
         candidates = self._of_tokens(tokens)  # [batch, length, candidates]
         possible = (candidates >= 0) & allowed[:, :, None]
         possible &= candidates != tokens[:, :, None]
+        if not self._attack.uses_gradient:  # One place by chance, then one candidate.
+            of_places = self._random.random(tokens.shape)
+            of_places = np.where(possible.any(2), of_places, -np.inf)
+            possible &= (of_places == of_places.max(1, keepdims=True))[:, :, None]
         scores = self._random.random(candidates.shape)
         if self._attack.uses_gradient and self._lookups:
-            guided = self._scores(batch, tokens, candidates)
+            (guided,) = self._in_batches(self._scores, batch, tokens, candidates)
             if run:
                 spread = guided[possible].std() if possible.any() else 0.0
                 guided = guided + spread * self._random.gumbel(size=guided.shape)
             scores = guided
-        if not self._attack.uses_gradient:  # One place by chance, then one candidate.
-            has = possible.any(2)
-            order = np.argsort(
-                np.where(has, self._random.random(has.shape), np.inf), axis=1
-            )
-            place = order[:, :1]
-            of_place = np.take_along_axis(possible, place[:, :, None], axis=1)
-            keep = np.zeros_like(possible)
-            np.put_along_axis(keep, place[:, :, None], of_place, axis=1)
-            possible = keep
-        flat = np.where(possible, scores, -np.inf).reshape(len(tokens), -1)
-        top = np.argsort(-flat, axis=1, kind="stable")[:, : self._attack.calls]
-        chosen = np.take_along_axis(candidates.reshape(len(tokens), -1), top, axis=1)
-        known = np.isfinite(np.take_along_axis(flat, top, axis=1))
-        return top // candidates.shape[2], np.where(known, chosen, -1)
+        return Changes(tokens, candidates, possible, scores)
 
     def _scores(
         self, batch: Batch, tokens: np.ndarray, candidates: np.ndarray
-    ) -> np.ndarray:
+    ) -> tuple[np.ndarray]:
         """Approximates how much each change raises the margin, by the gradient."""
         total = np.zeros(candidates.shape)
         gradients = self._gradients(batch, tokens)
@@ -297,7 +293,27 @@ class BoundSubstitution:
             now = np.einsum("btd,btd->bt", slopes, table[tokens])
             of_candidates = table[np.maximum(candidates, 0)]
             total += np.einsum("btd,btcd->btc", slopes, of_candidates) - now[..., None]
-        return total
+        return (total,)
+
+    def _in_batches(
+        self, function: Callable[..., tuple[np.ndarray, ...]], *arguments: Any
+    ) -> list[np.ndarray]:
+        """Calls a function of rows on as many as go through the model at once.
+
+        Args:
+            function: Function of a batch and arrays of as many rows, that returns
+                arrays of as many rows.
+            *arguments: The batch and the arrays.
+        """
+        parts = []
+        for start in range(0, num_rows(arguments[0]), self._batch_size):
+            part = slice(start, start + self._batch_size)
+            parts.append(
+                function(
+                    *tree.map_structure(lambda rows, part=part: rows[part], arguments)
+                )
+            )
+        return [np.concatenate(each) for each in zip(*parts, strict=True)]
 
     def _gradients(self, batch: Batch, tokens: np.ndarray) -> list[np.ndarray]:
         """Returns the gradient of the margin at each lookup of the tokens."""
