@@ -135,7 +135,8 @@ class TableGradient(keras.Model):
         compute = jax.value_and_grad(self.compute_loss_and_updates, has_aux=True)
 
         def gradients(variables):
-            return compute(variables, fixed, of_metrics, *data, None, training=True)
+            arguments = (variables, fixed, of_metrics, *data, None, True, of_optimizer)
+            return compute(*arguments)
 
         _, found = gradients(variables)
         moved = list(variables)
