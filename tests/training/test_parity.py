@@ -75,7 +75,8 @@ def nested_tapes(base, x, y, sample_weight, jit_compile=False):
     )
 
 
-# The fast suite compiles the steps of these; eagerly it runs all.
+# The fast suite runs all eagerly, and these compiled. `-m slow` compiles all by
+# TensorFlow, and these by XLA, which costs seconds each.
 COMPILED = (
     "weights",
     "named outputs",
@@ -93,10 +94,13 @@ COMPILED = (
         *((name, "eager") for name in CASES),
         *((name, "function") for name in COMPILED),
         *(
-            pytest.param(name, mode, marks=pytest.mark.slow)
-            for mode in ("function", "jit")
+            pytest.param(name, "function", marks=pytest.mark.slow)
             for name in CASES
-            if mode == "jit" or name not in COMPILED
+            if name not in COMPILED
+        ),
+        *(
+            pytest.param(name, "jit", marks=pytest.mark.slow)
+            for name in (*COMPILED, "dropout", "lstm", "convolution")
         ),
     ],
     indirect=["mode"],
