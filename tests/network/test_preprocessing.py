@@ -520,6 +520,47 @@ def test_text_is_perturbed_at_its_embedding(perturb):
     assert logs["scaled_adversarial_loss"][0] > logs["labeled_loss"][0]
 
 
+@pytest.mark.slow
+def test_a_step_of_bert_is_that_of_one_cut_in_two():
+    """Cut at its token embedding, with nested tapes."""
+    task, reference = bert(), bert()
+    reference.set_weights(task.get_weights())
+    config = advreg.AdvRegConfig.fgsm(
+        0.2, multiplier=0.5, perturb="token_embedding", adv_grad_norm="l2"
+    )
+    model = advreg.AdversarialRegularization(task, config)
+    model.compile(keras.optimizers.SGD(0.1), loss())
+    model.fit(TEXTS, OPINIONS, batch_size=8, shuffle=False, verbose=0)
+
+    inputs = reference.preprocessor(TEXTS)
+    words = reference.backbone.get_layer("token_embedding")
+    rest = keras.Model(
+        [words.output, *reference.backbone.inputs], reference.backbone.output
+    )
+    is_word = tf.cast(inputs["padding_mask"], "float32")[..., None]
+
+    def loss_at(embedded):
+        given = [inputs[each.name] for each in reference.backbone.inputs]
+        pooled = rest([embedded, *given])["pooled_output"]
+        return loss()(OPINIONS, reference.get_layer("logits")(pooled))
+
+    weights = reference.trainable_variables
+    with tf.GradientTape() as outer:
+        embedded = words(inputs["token_ids"])
+        with tf.GradientTape(watch_accessed_variables=False) as inner:
+            inner.watch(embedded)
+            clean = loss_at(embedded)
+        with outer.stop_recording():
+            step = inner.gradient(clean, embedded) * is_word
+            step *= 0.2 / tf.norm(tf.reshape(step, (8, -1)), axis=1)[:, None, None]
+        total = clean + 0.5 * loss_at(embedded + step)
+    keras.optimizers.SGD(0.1).apply_gradients(
+        zip(outer.gradient(total, weights), weights, strict=True)
+    )
+    for found, expected in zip(task.weights, reference.weights, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_overrides_that_only_preprocess_are_not_named():
     task = make_task()
     assert overridden_methods(task, NAMES) == []
