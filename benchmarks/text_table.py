@@ -43,7 +43,7 @@ from advreg.attacks import TokenSubstitution
 FILE = pathlib.Path(__file__).with_suffix(".jsonl")
 DATASETS = ("trec", "cr", "mr", "sst2")
 NETWORKS = ("cnn", "lstm")
-LENGTH, WIDTH, BATCH, EPOCHS, SEEDS, FOLDS = 30, 50, 64, 10, 10, 3
+LENGTH, WIDTH, BATCH, EPOCHS, SEEDS, FOLDS = 30, 50, 64, 15, 10, 3
 LABELLED = 500  # Examples with a label in the semi-supervised recipes.
 FEW = ("few labels", "few labels, virtual")
 LAYERS = {"perturb": "embeddings", "relative": True, "adv_grad_norm": "l2"}
@@ -228,7 +228,9 @@ def train(network, recipe, value, data, words, classes, seed, epochs, judge=None
         weights = np.zeros(len(y), "float32")
         weights[np.random.default_rng(seed).permutation(len(y))[:LABELLED]] = 1
     if recipe == "few labels":
-        (x, y), weights = (x[weights > 0], y[weights > 0]), None
+        # As many steps in an epoch as with the texts that have no label.
+        places = np.resize(np.flatnonzero(weights), len(y))
+        (x, y), weights = (x[places], y[places]), None
     if recipe in CONFIGS:
         model = advreg.AdversarialRegularization(base, CONFIGS[recipe](value))
     if recipe == "table":
@@ -266,10 +268,19 @@ def choose(network, recipe, data, words, classes, epochs):
                 judge=(x[held], y[held]),
             )
             means += np.array(found) / FOLDS
-            keras.backend.clear_session()
+            forget()
         at = int(np.argmax(means))
         best = max(best, (float(means[at]), value, at + 1))
     return best[1:]
+
+
+def forget():
+    """Frees what was compiled for the last network."""
+    keras.backend.clear_session()
+    if keras.backend.backend() == "jax":
+        import jax
+
+        jax.clear_caches()
 
 
 def measure(base, test, examples):
@@ -363,7 +374,7 @@ def main(arguments=None):
     if only:
         cases = [c for c in cases if any(f"{c}/".startswith(f"{o}/") for o in only)]
     read_data = made_up if options.quick else load
-    epochs, seeds = (2, 1) if options.quick else (EPOCHS, options.seeds)
+    epochs, seeds = (1, 1) if options.quick else (EPOCHS, options.seeds)
     for case in cases:
         name, network, recipe = case.split("/")
         row = kept.setdefault(case, {"seeds": {}})
@@ -386,7 +397,7 @@ def main(arguments=None):
                 row["epochs"],
             )
             row["seeds"][seed] = measure(base, test, 20 if options.quick else 500)
-            keras.backend.clear_session()
+            forget()
             if not options.quick:
                 keep(
                     case=case,

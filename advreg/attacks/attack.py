@@ -267,9 +267,11 @@ class Attack:
         """Returns perturbed examples.
 
         An example for which the attack succeeds is returned at the first point where it
-        did. For any other example it is the end of the run that came closest. Features
-        that are not perturbed (see `advreg.perturbed_features`) are returned as the
-        same objects.
+        did. For any other example it is the end of the run that came closest. A model
+        that gives no class of each example is not fooled: the compiled loss is
+        increased, and an example whose loss has not grown is returned as it is.
+        Features that are not perturbed (see `advreg.perturbed_features`) are returned
+        as the same objects.
 
         Args:
             model: A Keras 3 model, wrapped or not. It runs in inference mode, and
@@ -277,8 +279,9 @@ class Attack:
             x: Features: an array or tensor, or a structure of them, the batch axis
                 first. For a wrapped model labels may be in it if it is a dictionary.
             y: The true classes, or the classes to reach where `targeted`: numbers of
-                shape `[n]` or `[n, 1]`, or one-hot rows. For a model of regression the
-                values that it should predict.
+                shape `[n]` or `[n, 1]`, or one-hot rows. For other models what their
+                compiled loss takes: values, classes of pixels, or a structure of labels
+                for several outputs.
             batch_size: Number of examples that go through the model at once.
             early_stop: Whether the attack stops for an example as soon as it succeeds,
                 which is faster. With `False` it takes all steps for all examples, which
@@ -323,10 +326,16 @@ class Attack:
             problem.target.functions.warn_once(
                 unperturbed_integers_message(names), stacklevel=2
             )
-        if self.loss == "model" and not self.targeted:
-            # If labels are values, or several classes are right, nothing is ever
-            # misclassified, and the attack only increases the loss.
-            needs = problem.target.needs_classes(y, features)
+        if self.loss in (None, "model") and problem.classify and not self.targeted:
+            problem.ball({"features": features})  # Checks that something can move.
+            target = problem.target
+            needs = (
+                target.scores_examples(features) or not self.supports_regression
+                if self.loss is None
+                else target.needs_classes(y, features)
+            )
+            if not needs:
+                target.check_compiled_loss()
             problem = dataclasses.replace(problem, classify=needs)
         found: list[tuple[np.ndarray, np.ndarray]] = []
 

@@ -26,9 +26,10 @@ class FGSM(Attack):
             `"l1"`, `"l2"` or `"infinity"` (also `"linf"`, `"inf"`, `1`, `2`, `np.inf`).
         loss: The loss that the attack increases: `"cross_entropy"`, `"margin"` (the
             largest other logit minus the true one), `"dlr"` (the margin relative to the
-            spread of the logits), or `"model"`, the compiled loss. `None` is the
-            compiled loss for a model that was compiled with one of Keras's losses of
-            regression, and else the cross-entropy.
+            spread of the logits), or `"model"`, the compiled loss, of several outputs
+            their weighted sum. `None` is the compiled loss for a model of regression
+            (by its loss), of several outputs, or of one for each pixel or step; and
+            else the cross-entropy.
         targeted: Whether `y` is the class to reach, rather than the true class.
         feature_mask: Weights in [0, 1] of the gradient. A feature with weight 0 is
             never changed. A number, an array, or a structure of these like the input.

@@ -22,7 +22,7 @@ from typing import Any, Generic, TypeVar
 
 import keras
 import numpy as np
-from keras import ops
+from keras import ops, tree
 
 from advreg.backend.parts import Parts
 
@@ -124,14 +124,19 @@ class Caches(Generic[Cache]):
 
 
 def alike(one: Any, other: Any, rounding: float = 1e-5) -> bool:
-    """Returns whether two outputs for the same examples are equal up to rounding.
+    """Returns whether the outputs for the same examples are equal up to rounding.
 
     Args:
-        one: Outputs.
-        other: Other outputs.
-        rounding: The share of the largest value by which values may differ. NaN is
-            equal to NaN.
+        one: An output, or a structure of them.
+        other: Others, in the same structure.
+        rounding: The share of an output's largest value by which values may differ. NaN
+            is equal to NaN.
     """
+    pairs = zip(tree.flatten(one), tree.flatten(other), strict=True)
+    return all(_alike(a, b, rounding) for a, b in pairs)
+
+
+def _alike(one: Any, other: Any, rounding: float) -> bool:
     if one.shape != other.shape:
         return False
     a, b = (

@@ -84,6 +84,15 @@ def compiled_losses_of(model: Any) -> Any:
     return model._compile_loss
 
 
+def loss_weights_of(model: Any) -> Any:
+    """Returns the `loss_weights` that a model was compiled with, `None` without any.
+
+    The public `get_compile_config` serialises the optimizer, too, and fails for objects
+    of the user's own that cannot be serialised.
+    """
+    return getattr(model._compile_loss, "_user_loss_weights", None)
+
+
 def compiled_metrics_of(model: Any) -> Any:
     """Returns Keras's container of the compiled metrics, `None` without any.
 

@@ -1,13 +1,14 @@
 """The losses that a model was compiled with, and how they become one number.
 
-`CompiledLoss` is for the wrapper, and the only class that reads Keras's container of
-losses. It is needed because `Model.compute_loss` adds the losses of layers, such as
-weight decay, which an attack must not raise. `per_example` and `check_one_loss` are for
-attacks on the `loss` of any compiled model.
+`CompiledLoss` is for the wrapper and for attacks, and the only class that reads Keras's
+container of losses. It is needed because `Model.compute_loss` adds the losses of
+layers, such as weight decay, which an attack must not raise, and because attacks need
+the loss of each example by itself.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ from advreg.perturbation.geometry import widen
 
 
 class CompiledLoss:
-    """The losses that a wrapper was compiled with.
+    """The losses that a model was compiled with.
 
     Args:
         container: Keras's container of the compiled losses.
@@ -142,6 +143,60 @@ class CompiledLoss:
         listed = self._by_output(given, predictions)
         return [1.0 if weight is None else weight for weight in listed]
 
+    def per_example(self, y: Any, y_pred: Any, sample_weight: Any = None) -> Tensor:
+        """Computes the labelled loss of each example, `[batch]`.
+
+        The loss of each output is the mean over all axes but the first, and over what
+        the output's mask lets count. The losses of all outputs are added with their
+        weights.
+
+        Args:
+            y: Labels.
+            y_pred: Outputs.
+            sample_weight: Weights of examples, or of their parts, one for all outputs
+                or one for each; or `None`.
+
+        Raises:
+            ValueError: A loss does not accept the labels, or returns a scalar, or there
+                is another number of labels than of outputs.
+        """
+        outputs = tree.flatten(y_pred)
+        losses, weights = self._by_output(self.loss, y_pred), self.weights(y_pred)
+        if len(losses) != len(outputs):
+            raise ValueError(
+                "`loss='model'` attacks the compiled loss: `model.compile(loss=...)` "
+                f"needs one for each output. Received: loss={brief(self.loss)} and "
+                f"{len(outputs)} output{'s' * (len(outputs) > 1)}"
+            )
+        if len(outputs) == 1:
+            return weights[0] * per_example(losses[0], y, outputs[0], sample_weight)
+        labels = self._for_each(y, y_pred)
+        of_samples = [sample_weight] * len(outputs)
+        if isinstance(sample_weight, (Mapping, list, tuple)):
+            of_samples = self._for_each(sample_weight, y_pred)
+        if not len(labels) == len(of_samples) == len(outputs):
+            raise ValueError(
+                f"`y` must have labels for each of the {len(outputs)} outputs. "
+                f"Received: {describe(y)}"
+            )
+        terms = [
+            weight * per_example(loss, *rest)
+            for weight, loss, *rest in zip(
+                weights, losses, labels, outputs, of_samples, strict=True
+            )
+            if loss is not None
+        ]
+        return functools.reduce(ops.add, terms)
+
+    def _for_each(self, values: Any, predictions: Any) -> list[Any]:
+        """Lists labels or weights by output, `None` where a dictionary has none."""
+        if not isinstance(values, Mapping):
+            return list(tree.flatten(values))
+        names = self.output_names
+        if isinstance(predictions, Mapping):
+            names = [path[0] for path, _ in tree.flatten_with_path(predictions)]
+        return [values.get(name) for name in names]
+
     def takes_logits(self, objective: str, predictions: Any) -> list[bool]:
         """Returns whether each output holds logits, for objectives that compare scores.
 
@@ -199,34 +254,20 @@ class CompiledLoss:
         return listed * outputs if len(listed) == 1 else listed
 
 
-def check_one_loss(loss: Any) -> None:
-    """Checks that a model was compiled with one loss.
-
-    Args:
-        loss: `loss`, as `compile` received it.
-
-    Raises:
-        ValueError: It was compiled with none, or with several.
-    """
-    if len([one for one in tree.flatten(loss) if one is not None]) != 1:
-        raise ValueError(
-            "`loss='model'` attacks the loss that the model was compiled with: "
-            "call `model.compile(loss=...)` with one loss first. Received: "
-            f"{brief(loss)}"
-        )
-
-
-def per_example(loss: Any, y: Any, outputs: Tensor) -> Tensor:
+def per_example(
+    loss: Any, y: Any, outputs: Tensor, sample_weight: Any = None
+) -> Tensor:
     """Computes a compiled loss for each example, `[batch]`.
 
     Args:
         loss: `loss`, as `compile` received it: one loss.
         y: Labels, one array with the batch as first axis.
         outputs: Outputs of the model for the same examples.
+        sample_weight: Weights of the examples, or of their parts, or `None`.
 
     Returns:
         The loss of each example, `[batch]`, in float32 at least: the mean over all axes
-        but the first.
+        but the first. Steps that the mask of the outputs hides do not count.
 
     Raises:
         ValueError: The loss does not accept these labels, or returns a scalar.
@@ -238,6 +279,7 @@ def per_example(loss: Any, y: Any, outputs: Tensor) -> Tensor:
     # Keras does the same before it calls a loss: labels get the dtype of the outputs,
     # and for a loss that is a function also their rank.
     # Half precision is widened, unless the logits behind the outputs are known.
+    mask = keras_private.mask_of(outputs)
     outputs = outputs if is_recorded(outputs) else widen(outputs)
     target = labels[0]
     loss = of_logits(get_loss(losses[0], target, outputs))
@@ -259,7 +301,27 @@ def per_example(loss: Any, y: Any, outputs: Tensor) -> Tensor:
             "The compiled loss must give a value for each example. Received: "
             f"{loss_name(loss)}, which returns a scalar"
         )
-    return ops.mean(values, axis=list(range(1, len(values.shape))))
+    axes = list(range(1, len(values.shape)))
+    if mask is None and sample_weight is None:
+        return ops.mean(values, axis=axes)
+    counts = ops.ones_like(values)
+    if mask is not None:
+        counts *= _expanded(ops.cast(mask, values.dtype), values)
+    weighted = values * counts
+    if sample_weight is not None:
+        weighted *= _expanded(ops.cast(sample_weight, values.dtype), values)
+    total = ops.sum(counts, axis=axes)
+    return ops.sum(weighted, axis=axes) / backend.maximum(total, 1.0)
+
+
+def _expanded(weights: Tensor, values: Tensor) -> Tensor:
+    """Returns weights of examples or steps in the rank of the values."""
+    rank = len(values.shape)
+    if len(weights.shape) == rank + 1 and weights.shape[-1] == 1:
+        return weights[..., 0]
+    for _ in range(rank - len(weights.shape)):
+        weights = weights[..., None]
+    return weights
 
 
 def _of_rank(labels: Tensor, outputs: Tensor) -> Tensor:

@@ -96,7 +96,6 @@ class Trainer(backend.BackendTrainer):
             # `predict` were compiled, and the attributes that a call writes.
             parts={},
             written=set(),
-            loss_weights=None,
         )
         self.built = form.base_model.built
 
@@ -122,7 +121,6 @@ class Trainer(backend.BackendTrainer):
         loss = arguments.get("loss")
         super().compile(**{**arguments, "loss": of_logits(loss)})
         self.loss = loss
-        self._hidden.loss_weights = arguments.get("loss_weights")
 
     def get_compile_config(self) -> dict[str, Any]:
         """Returns the arguments of `compile` as a serialisable dictionary."""
@@ -421,7 +419,7 @@ class Trainer(backend.BackendTrainer):
                 "Adversarial regularisation perturbs inputs so that the compiled loss "
                 "grows: `compile` needs a `loss`. Received: loss=None"
             )
-        weights = self._hidden.loss_weights
+        weights = keras_private.loss_weights_of(self)
         return CompiledLoss(container, self.loss, weights, lambda: self.output_names)
 
     def _run_base(self, features: Features, training: bool | None) -> Any:

@@ -79,6 +79,11 @@ def test_compile_loss(model):
     assert container.built
     assert isinstance(container.metrics, list)
     assert keras_private.compiled_losses_of(keras.Sequential()) is None
+    assert keras_private.loss_weights_of(model) is None
+    assert keras_private.loss_weights_of(keras.Sequential()) is None
+    weighted = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    weighted.compile("sgd", "mse", loss_weights=[0.5])
+    assert keras_private.loss_weights_of(weighted) == [0.5]
 
 
 def test_compile_metrics(model):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Hashable
+from typing import Any
 
 import numpy as np
 from keras import ops, tree
@@ -104,6 +105,11 @@ class Problem:
         """
         return self.classify and self.early_stop and not self.target.random
 
+    def outputs(self, features: Features) -> Any:
+        """Runs the model: its one output for classification, or else all of them."""
+        target = self.target
+        return (target.outputs if self.classify else target.predictions)(features)
+
     def ball(self, batch: Batch) -> Ball:
         """Makes the ball around the features of a batch."""
         epsilon = self.threat_model.epsilon
@@ -163,7 +169,7 @@ class Problem:
         return np.sum(counts, axis=0)
 
     def fooled(
-        self, outputs: Tensor, batch: Batch, targeted: bool
+        self, outputs: Any, batch: Batch, targeted: bool
     ) -> tuple[Tensor, Tensor]:
         """Returns which rows are fooled, and which have no finite output, `[batch]`.
 
@@ -173,7 +179,7 @@ class Problem:
             targeted: Whether these are the classes to reach, not the true ones.
         """
         if not self.classify:
-            never = ops.zeros(ops.shape(outputs)[:1], "bool")
+            never = ops.zeros(ops.shape(tree.flatten(outputs)[0])[:1], "bool")
             return never, never
         predicted = self.target.known_form.predicted(outputs)
         reached = ops.equal(predicted, batch["classes"])

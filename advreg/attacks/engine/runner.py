@@ -17,6 +17,7 @@ for a full batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -121,7 +122,27 @@ def run(
     result.displacement[out] = ops.convert_to_numpy(
         backend.gather(state["displacement"], last)
     )
+    if not problem.classify:
+        target.evaluations += count * target.draws
+        unmoved = {**batch, "displacement": backend.to_tensor(0 * result.displacement)}
+        _, _, clean = judge(unmoved, scalars["epsilon"])
+        result = _or_unmoved(result, ops.convert_to_numpy(clean))
     return result
+
+
+def _or_unmoved(result: Result, clean: np.ndarray) -> Result:
+    """Returns a result in which rows whose loss has not grown are where they began.
+
+    Args:
+        result: Where the rows ended. A loss that is NaN counts as the largest.
+        clean: The loss where they began, `[batch]`.
+    """
+    closeness = np.where(np.isnan(result.closeness), np.inf, result.closeness)
+    grown = closeness > clean
+    return result._replace(
+        displacement=np.where(grown[:, None], result.displacement, 0),
+        closeness=np.where(grown, closeness, clean),
+    )
 
 
 def _compiled_step(
@@ -136,7 +157,7 @@ def _compiled_step(
         precision = Precision(target.base, features)
 
         def evaluated(features: Features) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-            outputs = target.outputs(features)
+            outputs = problem.outputs(features)
             loss = _loss(solver, problem, outputs, batch)
             return loss, problem.fooled(outputs, batch, solver.targeted)
 
@@ -166,7 +187,7 @@ def _compiled_judge(solver: Solver, problem: Problem, state: Batch) -> Callable:
         features = ball.perturbed(batch["displacement"])
 
         def evaluate() -> tuple[Tensor, ...]:
-            outputs = target.outputs(features)
+            outputs = problem.outputs(features)
             judged = problem.fooled(outputs, batch, solver.targeted)
             if problem.classify:
                 closeness = problem.margin(outputs, batch, solver.targeted)
@@ -187,7 +208,7 @@ def _compiled_judge(solver: Solver, problem: Problem, state: Batch) -> Callable:
     return lambda batch, epsilon: compiled(only(batch, names), epsilon)
 
 
-def _loss(solver: Solver, problem: Problem, outputs: Tensor, batch: Batch) -> Tensor:
+def _loss(solver: Solver, problem: Problem, outputs: Any, batch: Batch) -> Tensor:
     """Computes the loss that a solver maximises, for each row."""
     target = problem.target
     if solver.loss == "model":

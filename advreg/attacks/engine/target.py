@@ -20,6 +20,7 @@ any, each call gets random states of its own.
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
@@ -33,7 +34,7 @@ from advreg._types import Features, Tensor
 from advreg.attacks.engine.labels import check_values, class_numbers, is_bool
 from advreg.backend import keras_private
 from advreg.checks import brief, check_model, describe
-from advreg.network.compiled_loss import check_one_loss, per_example
+from advreg.network.compiled_loss import CompiledLoss
 from advreg.network.gradients import differentiable, input_gradients, select
 from advreg.network.images import as_floats, unperturbed_integers
 from advreg.network.inputs import BatchForm
@@ -284,7 +285,7 @@ class TargetModel:
         if rows is None:
             return None
         for _ in range(2):
-            compiled = self._predict(rows)(rows)
+            compiled = _only_output(self._predict(rows)(rows))
             # Three times, because random numbers from Python or NumPy may be equal once
             # by chance. Tracing has drawn them only once.
             direct = [self.outputs(rows) for _ in range(3)]
@@ -295,14 +296,14 @@ class TargetModel:
         worst = max(np.nanmax(np.abs(found[0] - each)) for each in found[1:])
         return f"{worst:.3g} on values up to {np.nanmax(np.abs(found[1])):.3g}"
 
-    def outputs(self, features: Features) -> Tensor:
+    def predictions(self, features: Features) -> Any:
         """Runs the network in inference mode, with state changes discarded.
 
         Args:
             features: Features, as `unpack` returns them.
 
-        Raises:
-            ValueError: The network has several outputs.
+        Returns:
+            All outputs, in the structure of the network's.
         """
         fixed, count = self.fixed_batch, None
         if fixed is not None:  # Copies of the last row fill up the batch.
@@ -317,14 +318,17 @@ class TargetModel:
             outputs = self._network.forward(
                 features, training=False, floats=True, for_input_gradient=True
             )
-        leaves = tree.flatten(outputs)
-        if len(leaves) != 1:
-            raise ValueError(
-                "`model` must have one output. Choose the one to attack, such as "
-                f"`keras.Model(model.inputs, model.outputs[0])`. Received: "
-                f"{describe(outputs)}"
-            )
-        return leaves[0] if count is None else leaves[0][:count]
+        if count is None:
+            return outputs
+        return tree.map_structure(lambda leaf: leaf[:count], outputs)
+
+    def outputs(self, features: Features) -> Tensor:
+        """Runs a network that has one output, as `predictions` does, and returns it.
+
+        Raises:
+            ValueError: The network has several outputs.
+        """
+        return _only_output(self.predictions(features))
 
     @property
     def known_form(self) -> OutputForm:
@@ -358,6 +362,19 @@ class TargetModel:
         """
         return class_numbers(y, form, self._is_multi_label)
 
+    def scores_examples(self, features: Features) -> bool:
+        """Returns whether the model has one output, with a row for each example.
+
+        If it has several, or one with a row for each pixel or step, no example as a
+        whole is misclassified.
+
+        Args:
+            features: Features of a batch.
+        """
+        sample = self._sample(features)
+        outputs = tree.flatten(self._predict(sample)(sample))
+        return len(outputs) == 1 and len(outputs[0].shape) <= 2
+
     def needs_classes(self, y: Any, features: Features) -> bool:
         """Returns whether each label is one class, so that examples can be fooled.
 
@@ -373,9 +390,8 @@ class TargetModel:
         """
         if self.fits_values:
             return False
-        sample = self._sample(features)
-        if len(self._predict(sample)(sample).shape) > 2:
-            return False  # A class for each pixel, for example.
+        if not self.scores_examples(features):
+            return False
         name = loss_name(self.model.loss) or ""
         try:
             self.classes(y, self.output_form(features))
@@ -385,15 +401,22 @@ class TargetModel:
             return False
         return True
 
-    def compiled_loss(self, y: Any, outputs: Tensor) -> Tensor:
+    def compiled_loss(self, y: Any, predictions: Any) -> Tensor:
         """Computes the loss that the model was compiled with, for each example.
 
-        See `network.compiled_loss.per_example`.
+        See `CompiledLoss.per_example`.
 
         Raises:
             ValueError: The loss does not accept these labels, or returns a scalar.
         """
-        return per_example(self.model.loss, y, outputs)
+        model = self.model
+        compiled = CompiledLoss(
+            keras_private.compiled_losses_of(model),
+            model.loss,
+            keras_private.loss_weights_of(model),
+            lambda: getattr(model, "output_names", None) or (),
+        )
+        return compiled.per_example(y, predictions)
 
     def check_values(self, y: Any, features: Features) -> None:
         """Checks the labels of a model of regression.
@@ -410,12 +433,18 @@ class TargetModel:
         check_values(y, self._output_shape)
 
     def check_compiled_loss(self) -> None:
-        """Checks that the model was compiled with exactly one loss.
+        """Checks that the model was compiled with a loss.
 
         Raises:
-            ValueError: It was compiled with none, or with several.
+            ValueError: It was compiled with none.
         """
-        check_one_loss(getattr(self.model, "loss", None))
+        loss = getattr(self.model, "loss", None)
+        if all(one is None for one in tree.flatten(loss)):
+            raise ValueError(
+                "Attacks with `loss='model'`, and those on a model that gives no class "
+                "scores of each example, increase the compiled loss: call "
+                f"`model.compile(loss=...)` first. Received: loss={brief(loss)}"
+            )
 
     def compile(
         self,
@@ -454,7 +483,7 @@ class TargetModel:
         )
 
     def _takes_sizes(self, specs: Any, features: Features) -> bool:
-        return self.functions.takes_sizes(self.outputs, specs, features)
+        return self.functions.takes_sizes(self.predictions, specs, features)
 
     @property
     def _is_multi_label(self) -> bool:
@@ -483,16 +512,16 @@ class TargetModel:
         count = min(_ROWS, self.fixed_batch or _ROWS)
         return tree.map_structure(lambda leaf: leaf[:count], features)
 
-    def _predict(self, features: Features) -> Callable[[Features], Tensor]:
+    def _predict(self, features: Features) -> Callable[[Features], Any]:
         """Returns a function that runs the network, compiled if it can be."""
         if self.model.run_eagerly:
-            return self.outputs
+            return self.predictions
         if not self.base.built:
-            self.outputs(features)
+            self.predictions(features)
         key = ("outputs", self._seed is not None)
         return self.functions.compiled(
             key,
-            self.outputs,
+            self.predictions,
             (features,),
             takes=lambda specs: self._takes_sizes(specs, features),
         )
@@ -504,7 +533,8 @@ class TargetModel:
             few = tree.map_structure(lambda leaf: leaf[:2], features)
 
             def summed(features: Features) -> Tensor:
-                return ops.sum(self.outputs(features))
+                outputs = tree.flatten(self.predictions(features))
+                return functools.reduce(ops.add, map(_sum_of, outputs))
 
             return [g is not None for g in input_gradients(summed, few, wanted)]
 
@@ -552,7 +582,7 @@ class TargetModel:
         last two signs is there. For a single score see `_says_logits`.
         """
         predict = self._predict(features)
-        outputs = predict(features)
+        outputs = _only_output(predict(features))
         shape, rank = outputs.shape, backend.rank(outputs)
         columns = 1 if rank == 1 else shape[-1]
         if rank is not None and rank > 2:
@@ -624,6 +654,22 @@ class TargetModel:
             return behind not in ("softmax", "sigmoid")
         layers = getattr(self.base, "layers", None) or [None]
         return getattr(layers[-1], "activation", None) is keras.activations.linear
+
+
+def _only_output(outputs: Any) -> Tensor:
+    leaves = tree.flatten(outputs)
+    if len(leaves) != 1:
+        raise ValueError(
+            "`model` must have one output. Choose the one to attack, such as "
+            "`keras.Model(model.inputs, model.outputs[0])`, or attack the compiled "
+            "loss of all of them by FGSM, BIM, PGD or APGD with loss='model'. "
+            f"Received: {describe(outputs)}"
+        )
+    return leaves[0]
+
+
+def _sum_of(output: Tensor) -> Tensor:
+    return ops.sum(ops.cast(output, keras.config.floatx()))
 
 
 def _number(part: Tensor) -> Tensor:
