@@ -218,8 +218,8 @@ class Attack:
         if problem.classify:
             form = problem.target.output_form(features)
             batch["classes"] = problem.target.classes(y, form)
-        elif problem.target.fits_values:
-            problem.target.check_values(y, features)
+        else:
+            problem.target.check_labels(y, features)
         if self.wants_labels(problem):
             batch["labels"] = y
         return batch

@@ -181,13 +181,19 @@ def mask_of(tensor: Any) -> Any:
     return get_keras_mask(tensor)
 
 
-def copy_mask(source: Any, target: Any) -> None:
-    """Gives a tensor the mask of another one. No public name writes it."""
+def copy_mask(source: Any, target: Any, rows: int | None = None) -> None:
+    """Gives a tensor the mask of another one. No public name writes it.
+
+    Args:
+        source: A tensor, with a mask or without.
+        target: A tensor of the same shape, or of its first rows.
+        rows: Number of these rows, `None` for all.
+    """
     from keras.src.backend import set_keras_mask
 
     mask = mask_of(source)
     if mask is not None:
-        set_keras_mask(target, mask)
+        set_keras_mask(target, mask[:rows])
 
 
 def results_in_order(model: Any, logs: dict[str, Any]) -> Any:

@@ -179,6 +179,13 @@ class CompiledLoss:
                 f"`y` must have labels for each of the {len(outputs)} outputs. "
                 f"Received: {describe(y)}"
             )
+        names = list(self.output_names) or [f"number {i}" for i in range(len(outputs))]
+        for name, loss, label in zip(names, losses, labels, strict=False):
+            if loss is not None and label is None:
+                raise ValueError(
+                    f"`y` must have labels for the output {name}, because it has a "
+                    f"compiled loss. Received: {describe(y)}"
+                )
         terms = [
             weight * per_example(loss, *rest)
             for weight, loss, *rest in zip(
@@ -267,7 +274,8 @@ def per_example(
 
     Returns:
         The loss of each example, `[batch]`, in float32 at least: the mean over all axes
-        but the first. Steps that the mask of the outputs hides do not count.
+        but the first, or the sum if the loss has `reduction="sum"`. What is masked, or
+        of an `ignore_class`, does not count.
 
     Raises:
         ValueError: The loss does not accept these labels, or returns a scalar.
@@ -290,28 +298,34 @@ def per_example(
     else:
         function, target = loss, _of_rank(target, outputs)
     try:
-        values = widen(ops.convert_to_tensor(function(target, outputs)))
+        found = ops.convert_to_tensor(function(target, outputs))
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"`y` must hold labels as the compiled loss, {loss_name(loss)}, takes "
             f"them: {error} Received: {describe(y)}"
         ) from error
+    values = widen(found)
     if not len(values.shape):
         raise ValueError(
             "The compiled loss must give a value for each example. Received: "
             f"{loss_name(loss)}, which returns a scalar"
         )
     axes = list(range(1, len(values.shape)))
-    if mask is None and sample_weight is None:
-        return ops.mean(values, axis=axes)
+    summed = getattr(loss, "reduction", None) == "sum"
+    # That of the values comes from `ignore_class`.
+    masks = [m for m in (mask, keras_private.mask_of(found)) if m is not None]
+    if not masks and sample_weight is None:
+        return (ops.sum if summed else ops.mean)(values, axis=axes)
     counts = ops.ones_like(values)
-    if mask is not None:
-        counts *= _expanded(ops.cast(mask, values.dtype), values)
+    for each in masks:
+        counts *= _expanded(ops.cast(each, values.dtype), values)
     weighted = values * counts
     if sample_weight is not None:
         weighted *= _expanded(ops.cast(sample_weight, values.dtype), values)
-    total = ops.sum(counts, axis=axes)
-    return ops.sum(weighted, axis=axes) / backend.maximum(total, 1.0)
+    total = ops.sum(weighted, axis=axes)
+    if summed:
+        return total
+    return total / backend.maximum(ops.sum(counts, axis=axes), 1.0)
 
 
 def _expanded(weights: Tensor, values: Tensor) -> Tensor:

@@ -307,11 +307,10 @@ def explain_unknown_class() -> Iterator[None]:
 
 
 def check_classes(labels: Any, losses: Sequence[Any], model: keras.Model) -> None:
-    """Checks that labels are classes of a model, before a batch is trained on.
+    """Checks that labels are classes of a model.
 
-    TensorFlow does so itself (`explain_unknown_class`). On JAX a label that is no class
-    would count as an example without a loss, and PyTorch's error does not say which
-    label it is.
+    On JAX a label that is no class would count as an example without a loss, and errors
+    of TensorFlow and PyTorch do not say which label it is.
 
     Args:
         labels: Labels of a batch, a structure of arrays with values.
@@ -321,7 +320,7 @@ def check_classes(labels: Any, losses: Sequence[Any], model: keras.Model) -> Non
     Raises:
         ValueError: A label is out of range.
     """
-    if backend.BACKEND == "tensorflow" or not model.built:
+    if not model.built:
         return
     # A subclassed model does not say how many classes it has.
     outputs = getattr(model, "outputs", None) or ()

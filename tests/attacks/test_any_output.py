@@ -62,6 +62,38 @@ def steps(mask=True):
     return model, x, RNG.integers(0, 2, (6, 5))
 
 
+def fixed_batch():
+    """As `steps`, for batches of 4 alone."""
+    _, x, y = steps()
+    inputs = keras.Input((5, 2), batch_size=4)
+    model = keras.Model(inputs, layers.Dense(2)(layers.Masking()(inputs)))
+    model.set_weights([RNG.normal(size=(2, 2)), np.zeros(2)])
+    model.compile("sgd", cross_entropy())
+    return model, x, y
+
+
+def ignored_class(**kwargs):
+    """Pixels, some of which have no class, and a second output."""
+    inputs = keras.Input((4, 5, 2))
+    outputs = [layers.Dense(3)(inputs), layers.Dense(1)(inputs)]
+    model = keras.Model(inputs, outputs)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, **kwargs)
+    model.compile("sgd", [loss, "mse"])
+    x = RNG.uniform(0, 1, (6, 4, 5, 2)).astype("float32")
+    classes = RNG.integers(0, 3, (6, 4, 5))
+    if "ignore_class" in kwargs:
+        classes[:, 1:] = kwargs["ignore_class"]
+    return model, x, [classes, RNG.normal(size=(6, 4, 5, 1))]
+
+
+def one_loss_for_two_outputs():
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, [layers.Dense(1)(inputs), layers.Dense(2)(inputs)])
+    model.compile("sgd", "mse")
+    x = RNG.normal(size=(6, 4)).astype("float32")
+    return model, x, [RNG.normal(size=(6, 1)), RNG.normal(size=(6, 2))]
+
+
 def two_outputs(named=True):
     inputs = keras.Input((4,))
     value = layers.Dense(1, name="value")(inputs)
@@ -85,6 +117,9 @@ CASES = {
     "steps": steps,
     "named outputs": two_outputs,
     "listed outputs": lambda: two_outputs(named=False),
+    "an ignored class": lambda: ignored_class(ignore_class=255),
+    "a sum": lambda: ignored_class(reduction="sum"),
+    "one loss": one_loss_for_two_outputs,
 }
 
 
@@ -95,6 +130,18 @@ def test_the_loss_of_each_example_is_that_of_keras(case):
     features, labels = target.unpack((x, y))
     found = array(target.compiled_loss(labels, target.predictions(features)))
     np.testing.assert_allclose(found, per_example(model, x, y), rtol=1e-5)
+
+
+def test_masks_of_a_fixed_batch_size_count():
+    model, x, y = fixed_batch()
+    free, _, _ = steps()
+    free.set_weights(model.get_weights())
+    for attack in (FGSM(EPSILON), *STEPS[:2]):
+        np.testing.assert_allclose(
+            attack(model, x, y, batch_size=4),
+            attack(free, x, y, batch_size=4),
+            atol=1e-6,
+        )
 
 
 def test_weights_of_parts_are_those_of_keras():
@@ -204,6 +251,42 @@ def test_outputs_that_are_not_finite_are_the_worst():
         model, x, np.float32([[9], [9]])
     )
     assert (moved[0] < 0).all()  # Where the logarithm is NaN.
+
+
+class Noisy(layers.Layer):
+    def __init__(self):
+        super().__init__()
+        self.seed_generator = keras.random.SeedGenerator(0)
+
+    def call(self, inputs):
+        noise = keras.random.normal(ops.shape(inputs), seed=self.seed_generator)
+        return inputs + 0.3 * noise
+
+
+def test_rows_of_a_random_model_are_not_compared():
+    """Two of its losses differ by chance."""
+    inputs = keras.Input((4,))
+    hidden = Noisy()(inputs)
+    model = keras.Model(inputs, [layers.Dense(1)(hidden), layers.Dense(1)(hidden)])
+    model.compile("sgd", ["mse", "mse"])
+    x = RNG.normal(size=(60, 4)).astype("float32")
+    y = [RNG.normal(size=(60, 1)), RNG.normal(size=(60, 1))]
+    moved = FGSM(0.02)(model, x, y)
+    assert (np.abs(moved - x).max(1) > 0.01).all()
+
+
+@pytest.mark.parametrize(
+    ("y", "message"),
+    [
+        ({"kind": np.zeros(6, int), "vlue": np.zeros((6, 1))}, "the output value"),
+        ({"kind": np.full(6, 3), "value": np.zeros((6, 1))}, "classes from 0 to 2"),
+        ({"kind": np.zeros(6, int), "value": np.full((6, 1), np.nan)}, "finite"),
+    ],
+)
+def test_labels_are_checked(y, message):
+    model, x, _ = two_outputs()
+    with pytest.raises(ValueError, match=message):
+        FGSM(EPSILON)(model, x, y)
 
 
 @pytest.mark.parametrize(

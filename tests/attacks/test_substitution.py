@@ -129,6 +129,17 @@ def test_what_may_change(model, attack, changes):
     assert not np.isin(moved[differs], (0, 7)).any()
 
 
+def test_a_fixed_batch_size(model):
+    inputs = keras.Input((LENGTH,), batch_size=8, dtype="int32")
+    fixed = keras.Model(inputs, model(inputs))
+    classes = predicted(model, IDS)
+    attack = TokenSubstitution(2, NEIGHBOURS)
+    moved = attack(fixed, IDS[:20], classes[:20], batch_size=8)
+    np.testing.assert_array_equal(
+        moved, attack(model, IDS[:20], classes[:20], batch_size=8)
+    )
+
+
 def test_candidates_are_the_nearest(model):
     classes = predicted(model, IDS)
     moved = TokenSubstitution(2, NEIGHBOURS)(model, IDS, classes)

@@ -82,11 +82,22 @@ def check_values(y: Any, shape: tuple[int | None, ...]) -> None:
             "because the model was compiled with a loss of regression. Received: "
             f"{describe(y)}"
         )
-    finite = np.isfinite(ops.convert_to_numpy(leaves[0]))
-    if not finite.all():
-        raise ValueError(
-            f"`y` must be finite. Received: {int((~finite).sum())} values that are not"
-        )
+    check_finite(y)
+
+
+def check_finite(y: Any) -> None:
+    """Checks that labels are no NaN and not infinite.
+
+    Raises:
+        ValueError: Some are.
+    """
+    wrong = sum(
+        int((~np.isfinite(ops.convert_to_numpy(ops.cast(leaf, "float64")))).sum())
+        for leaf in tree.flatten(y)
+        if keras.backend.is_float_dtype(backend.dtype_name(leaf))
+    )
+    if wrong:
+        raise ValueError(f"`y` must be finite. Received: {wrong} values that are not")
 
 
 def is_bool(tensor: Tensor) -> bool:

@@ -350,7 +350,8 @@ class BoundSubstitution:
         key = ("substitution: gradient", tuple(each[:2] for each in self._lookups))
         compiled = target.compile(key, gradients, moved, features=moved["features"])
         target.evaluations += len(tokens) * target.draws
-        return [ops.convert_to_numpy(each) for each in compiled(moved)]
+        # A network of a fixed batch size has more rows.
+        return [ops.convert_to_numpy(each)[: len(tokens)] for each in compiled(moved)]
 
     def _judge(
         self, batch: Batch, tokens: np.ndarray

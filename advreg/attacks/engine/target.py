@@ -31,7 +31,12 @@ from keras import ops, tree
 
 from advreg import backend
 from advreg._types import Features, Tensor
-from advreg.attacks.engine.labels import check_values, class_numbers, is_bool
+from advreg.attacks.engine.labels import (
+    check_finite,
+    check_values,
+    class_numbers,
+    is_bool,
+)
 from advreg.backend import keras_private
 from advreg.checks import brief, check_model, describe
 from advreg.network.compiled_loss import CompiledLoss
@@ -320,7 +325,13 @@ class TargetModel:
             )
         if count is None:
             return outputs
-        return tree.map_structure(lambda leaf: leaf[:count], outputs)
+
+        def first(output: Tensor) -> Tensor:
+            rows = output[:count]
+            keras_private.copy_mask(output, rows, count)
+            return rows
+
+        return tree.map_structure(first, outputs)
 
     def outputs(self, features: Features) -> Tensor:
         """Runs a network that has one output, as `predictions` does, and returns it.
@@ -409,28 +420,35 @@ class TargetModel:
         Raises:
             ValueError: The loss does not accept these labels, or returns a scalar.
         """
+        return self._compiled_loss().per_example(y, predictions)
+
+    def _compiled_loss(self) -> CompiledLoss:
         model = self.model
-        compiled = CompiledLoss(
+        return CompiledLoss(
             keras_private.compiled_losses_of(model),
             model.loss,
             keras_private.loss_weights_of(model),
             lambda: getattr(model, "output_names", None) or (),
         )
-        return compiled.per_example(y, predictions)
 
-    def check_values(self, y: Any, features: Features) -> None:
-        """Checks the labels of a model of regression.
+    def check_labels(self, y: Any, features: Features) -> None:
+        """Checks labels that the compiled loss takes.
 
         Args:
-            y: The values that it should predict.
+            y: The labels: values, classes of pixels, or a structure of them.
             features: Features of the batch.
 
         Raises:
-            ValueError: They have another shape than the outputs, or are not finite.
+            ValueError: They are not finite, or no classes of the model, or values of
+                another shape than the outputs.
         """
-        if self._output_shape is None:
-            self._output_shape = tuple(self.outputs(self._sample(features)).shape[1:])
-        check_values(y, self._output_shape)
+        if self.fits_values and self.scores_examples(features):
+            if self._output_shape is None:
+                outputs = self.outputs(self._sample(features))
+                self._output_shape = tuple(outputs.shape[1:])
+            check_values(y, self._output_shape)
+        check_finite(y)
+        self._compiled_loss().check_classes(y, self.base)
 
     def check_compiled_loss(self) -> None:
         """Checks that the model was compiled with a loss.
@@ -587,10 +605,11 @@ class TargetModel:
         columns = 1 if rank == 1 else shape[-1]
         if rank is not None and rank > 2:
             raise ValueError(
-                "`model` must give class scores of each example, [batch, classes]. Of "
-                "one that gives them for each pixel or each step of a sequence, as "
-                "segmentation and tagging do, only the loss can be attacked: by FGSM, "
-                "BIM, PGD or APGD with loss='model'. Received: an output of shape "
+                "`model` must give class scores of each example, [batch, classes], for "
+                "reports, for targeted attacks and for losses of class scores. Of one "
+                "that gives them for each pixel or each step of a sequence, as "
+                "segmentation and tagging do, FGSM, BIM, PGD, APGD and RandomNoise "
+                "increase the compiled loss. Received: an output of shape "
                 f"{tuple(shape)}"
             )
         is_float = keras.backend.is_float_dtype(outputs.dtype)
@@ -660,9 +679,10 @@ def _only_output(outputs: Any) -> Tensor:
     leaves = tree.flatten(outputs)
     if len(leaves) != 1:
         raise ValueError(
-            "`model` must have one output. Choose the one to attack, such as "
-            "`keras.Model(model.inputs, model.outputs[0])`, or attack the compiled "
-            "loss of all of them by FGSM, BIM, PGD or APGD with loss='model'. "
+            "`model` must have one output for reports, for targeted attacks and for "
+            "losses of class scores. Choose the one to attack, such as "
+            "`keras.Model(model.inputs, model.outputs[0])`. FGSM, BIM, PGD, APGD and "
+            "RandomNoise increase the compiled loss of all of them. "
             f"Received: {describe(outputs)}"
         )
     return leaves[0]
