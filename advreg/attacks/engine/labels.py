@@ -92,12 +92,16 @@ def check_finite(y: Any) -> None:
         ValueError: Some are.
     """
     wrong = sum(
-        int((~np.isfinite(ops.convert_to_numpy(ops.cast(leaf, "float64")))).sum())
+        int((~np.isfinite(_values(leaf))).sum())
         for leaf in tree.flatten(y)
         if keras.backend.is_float_dtype(backend.dtype_name(leaf))
     )
     if wrong:
         raise ValueError(f"`y` must be finite. Received: {wrong} values that are not")
+
+
+def _values(tensor: Tensor) -> np.ndarray:
+    return ops.convert_to_numpy(ops.cast(tensor, backend.widest_float()))
 
 
 def is_bool(tensor: Tensor) -> bool:
