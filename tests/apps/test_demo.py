@@ -251,16 +251,16 @@ class TestRun:
         assert plain.fgsm == plain.fgsm_on_plain
 
     @pytest.mark.slow
-    def test_half_an_epoch_on_mnist_shows_the_effect(
+    def test_one_epoch_on_mnist_shows_the_effect(
         self, tmp_path, mnist_dir, monkeypatch
     ):
-        # Five whole ones are what README quotes: 48-55 % against 96 % under FGSM.
-        data = first(datasets.load("mnist"), train=30_000, test=1_000)
+        # Five epochs are what README quotes: 48-55 % against 96 % under FGSM.
+        data = first(datasets.load("mnist"), train=None, test=2_000)
         monkeypatch.setattr(datasets, "load", lambda name: data)
         settings = demo.DemoSettings("mnist", epochs=1, output_dir=tmp_path)
         plain, regularised = demo.run(settings, verbose=0).networks.values()
-        assert min(plain.clean, regularised.clean) > 0.965
+        assert min(plain.clean, regularised.clean) > 0.975
         assert plain.fgsm_on_plain < 0.65
-        assert regularised.fgsm_on_plain > plain.fgsm_on_plain + 0.2
+        assert regularised.fgsm_on_plain > 0.8
         assert regularised.fgsm > plain.fgsm + 0.2
         assert regularised.pgd > plain.pgd + 0.2

@@ -326,6 +326,8 @@ class Noting(layers.Layer):
 NOTING = {
     "attributes": lambda: [Noting(), layers.Flatten()],
     "LSTM": lambda: [layers.LSTM(4, dropout=0.1, recurrent_dropout=0.1)],
+    "GRU": lambda: [layers.GRU(4)],
+    "Bidirectional": lambda: [layers.Bidirectional(layers.SimpleRNN(4))],
     "stacked cells": lambda: [
         layers.RNN([layers.LSTMCell(4, dropout=0.1), layers.GRUCell(4)])
     ],

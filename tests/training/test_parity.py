@@ -75,8 +75,7 @@ def nested_tapes(base, x, y, sample_weight, jit_compile=False):
     )
 
 
-# The fast suite runs all eagerly, and these compiled. `-m slow` compiles all by
-# TensorFlow, and these by XLA, which costs seconds each.
+# The fast suite compiles the steps of these; eagerly it runs all.
 COMPILED = (
     "weights",
     "named outputs",
@@ -94,13 +93,10 @@ COMPILED = (
         *((name, "eager") for name in CASES),
         *((name, "function") for name in COMPILED),
         *(
-            pytest.param(name, "function", marks=pytest.mark.slow)
+            pytest.param(name, mode, marks=pytest.mark.slow)
+            for mode in ("function", "jit")
             for name in CASES
-            if name not in COMPILED
-        ),
-        *(
-            pytest.param(name, "jit", marks=pytest.mark.slow)
-            for name in (*COMPILED, "dropout", "lstm", "convolution")
+            if mode == "jit" or name not in COMPILED
         ),
     ],
     indirect=["mode"],

@@ -68,7 +68,7 @@ def test_killed_and_restarted_it_ends_as_if_nothing_had_happened(
     how, seed, undisturbed, tmp_path
 ):
     rng = random.Random(seed)
-    for _ in range(2):
+    for _ in range(3):
         running = process(how, tmp_path)
         for _ in range(rng.randint(1, 2 * STEPS)):
             assert running.stdout.readline(), running.communicate()[1].decode()
