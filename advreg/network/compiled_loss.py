@@ -179,8 +179,8 @@ class CompiledLoss:
                 f"`y` must have labels for each of the {len(outputs)} outputs. "
                 f"Received: {describe(y)}"
             )
-        names = list(self.output_names) or [f"number {i}" for i in range(len(outputs))]
-        for name, loss, label in zip(names, losses, labels, strict=False):
+        names = self._names(y_pred) or list(map(str, range(len(outputs))))
+        for name, loss, label in zip(names, losses, labels, strict=True):
             if loss is not None and label is None:
                 raise ValueError(
                     f"`y` must have labels for the output {name}, because it has a "
@@ -199,10 +199,13 @@ class CompiledLoss:
         """Lists labels or weights by output, `None` where a dictionary has none."""
         if not isinstance(values, Mapping):
             return list(tree.flatten(values))
-        names = self.output_names
+        return [values.get(name) for name in self._names(predictions)]
+
+    def _names(self, predictions: Any) -> list[Any]:
+        """Lists the names of outputs in their order, none if the model has none."""
         if isinstance(predictions, Mapping):
-            names = [path[0] for path, _ in tree.flatten_with_path(predictions)]
-        return [values.get(name) for name in names]
+            return [path[0] for path, _ in tree.flatten_with_path(predictions)]
+        return list(self.output_names)
 
     def takes_logits(self, objective: str, predictions: Any) -> list[bool]:
         """Returns whether each output holds logits, for objectives that compare scores.
