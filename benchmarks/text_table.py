@@ -19,8 +19,8 @@ size, seed by seed.
 
 All of it takes many hours on two cores. Each finished seed is a line of
 `benchmarks/text_table.jsonl`, and a run goes on where the last one stopped; several may
-run at once. It runs on TensorFlow and JAX. On a CPU the LSTM takes a third of the time
-with `KERAS_BACKEND=jax`, and the TextCNN less time without.
+run at once. It runs on TensorFlow and JAX. On a CPU the LSTM is faster with
+`KERAS_BACKEND=jax`, and the TextCNN without.
 """
 
 import argparse
